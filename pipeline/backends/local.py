@@ -1,0 +1,381 @@
+"""The local backend: stages as subprocesses of this machine, artifacts as folders with manifests.
+
+Layout of a run: `<runs>/<run_id>/<stage>/{run.json, log.txt, work/, artifact/}`. A stage is done because its
+artifact's manifest says so, written last; nothing else records state.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from pipeline.errors import UserError
+from pipeline.experiment import Method
+from pipeline.facts import Facts
+from pipeline.fields import is_path
+from pipeline.plan import Plan, Stage, StageName
+
+RUN_SCHEMA = 1
+EVENT_PREFIX = "MERGETUNE "
+INTERRUPTED = 130  # exit code of a job script that was asked to stop
+PATIENCE_S = 30  # for a stopped script to save its checkpoint before it is killed
+POLL_S = 0.1
+
+Manifest = dict[str, Any]
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class LocalRun:
+    """One run's place on disk. `python` is the interpreter that has the training stack."""
+
+    plan: Plan
+    facts: Facts
+    root: Path
+    folder: Path
+    device: str
+    python: str = sys.executable
+
+    def stage_folder(self, stage: StageName) -> Path:
+        """Where a stage keeps its run.json, log, scratch and artifact."""
+        return self.folder / stage
+
+    def artifact(self, stage: StageName) -> Path:
+        """The folder a stage fills."""
+        return self.stage_folder(stage) / "artifact"
+
+
+class StageFailed(UserError):
+    """A job script ended badly; carries the tail of its log."""
+
+
+def find_device() -> str:
+    """`cuda` when an NVIDIA driver answers, else `cpu`."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "cpu"
+    answer = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False)
+    return "cuda" if answer.returncode == 0 and "GPU" in answer.stdout else "cpu"
+
+
+@contextmanager
+def locked(run: LocalRun) -> Iterator[int]:
+    """Hold the run's lock; yields its file descriptor, which the job script inherits.
+
+    The lock so lives as long as the script, even when this process is killed: a second run never starts beside it.
+
+    Raises:
+        UserError: the folder cannot be written, or another process runs this.
+    """
+    path = run.folder / "lock"
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        handle = path.open("a+")
+    except OSError as error:
+        message = f"`{run.folder}` cannot be written: {error.strerror}"
+        raise UserError(message, "pass a folder you can write: `--runs-dir DIR`") from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            handle.seek(0)
+            pid = handle.read().strip() or "unknown"
+            message = f"run `{run.plan.run_id}` is already going on (process {pid})"
+            raise UserError(message, f"wait for it, or stop it: `kill {pid}`") from error
+        _note_pid(handle, os.getpid())
+        yield handle.fileno()
+
+
+def look(run: LocalRun) -> dict[StageName, Manifest]:
+    """The manifests of the stages that are done."""
+    found = {stage.name: _finished(run, stage.name) for stage in run.plan.stages}
+    return {name: manifest for name, manifest in found.items() if manifest is not None}
+
+
+def pending_stages(run: LocalRun, done: dict[StageName, Manifest]) -> list[Stage]:
+    """What is still to do, in order: missing end products, and what they need that is missing too.
+
+    An artifact in the middle that somebody deleted after the end was reached is not made again.
+    """
+    names = [stage.name for stage in run.plan.stages]
+    used = {need for name in names if (need := _needs(run.plan, name))}
+    wanted: set[StageName] = set()
+    for name in names:
+        current: StageName | None = name if name not in used else None
+        while current is not None and current not in done:
+            wanted.add(current)
+            current = _needs(run.plan, current)
+    return [stage for stage in run.plan.stages if stage.name in wanted]
+
+
+def run_stage(run: LocalRun, stage: Stage, lock: int, on_event: OnEvent) -> Manifest:
+    """Run one stage's script to its end, passing on its events; returns the manifest it wrote.
+
+    Raises:
+        StageFailed: the script failed or left no valid artifact. (Timeouts bound money; here there is none.)
+        KeyboardInterrupt: passed on after the script has stopped.
+    """
+    folder = run.stage_folder(stage.name)
+    request = folder / "run.json"
+    try:
+        (folder / "work").mkdir(parents=True, exist_ok=True)
+        # An artifact that does not count (damaged, or made from other inputs) would make the script refuse to start.
+        shutil.rmtree(run.artifact(stage.name), ignore_errors=True)
+        part = request.with_suffix(".part")
+        part.write_text(json.dumps(_run_json(run, stage), indent=2), encoding="utf-8")
+        part.replace(request)
+    except OSError as error:
+        raise UserError(
+            f"`{folder}` cannot be written: {error.strerror}", "free some disk, or `--runs-dir DIR`"
+        ) from error
+    last_error: dict[str, Any] = {}
+
+    def remember(event: dict[str, Any]) -> None:
+        if event["event"] == "error":
+            last_error.update(event)
+        on_event(event)
+
+    code = _follow(run, stage, request, folder / "log.txt", lock, remember)
+    manifest = _finished(run, stage.name) if code == 0 else None
+    if manifest is None:
+        raise _failure(stage, code, folder / "log.txt", last_error)
+    return manifest
+
+
+def start_preparing(run: LocalRun, pending: list[Stage]) -> subprocess.Popen[bytes] | None:
+    """Build llama.cpp while training runs, so that the gguf stage finds it ready; None when nothing needs it."""
+    names = [stage.name for stage in pending]
+    if StageName.GGUF not in names or names == [StageName.GGUF]:
+        return None
+    script = next(stage.script for stage in pending if stage.name is StageName.GGUF)
+    log = run.stage_folder(StageName.GGUF) / "prepare.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as out:
+        command = [run.python, str(run.root / script), "prepare"]
+        return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def stop_group(process: "subprocess.Popen[Any]", patience_s: float = PATIENCE_S) -> None:
+    """Ask a process group to stop, and end it when it does not."""
+    for number in (signal.SIGINT, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(patience_s)
+            break
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _note_pid(handle: TextIO, pid: int) -> None:
+    handle.seek(0)
+    handle.truncate()
+    handle.write(str(pid))
+    handle.flush()
+
+
+def _needs(plan: Plan, stage: StageName) -> StageName | None:
+    """The stage whose artifact `stage` reads, None when it starts from the base alone."""
+    if stage is StageName.TRAIN:
+        return None
+    if stage is StageName.MERGE or plan.experiment.train.method is Method.FULL:
+        return StageName.TRAIN
+    return StageName.MERGE
+
+
+def _finished(run: LocalRun, stage: StageName) -> Manifest | None:
+    """The manifest of a stage's artifact if it is of this run, of these inputs, and whole."""
+    manifest = read_manifest(run.artifact(stage))
+    if manifest is None or manifest.get("run_id") != run.plan.run_id or manifest.get("stage") != stage:
+        return None
+    for file in manifest.get("files", []):
+        path = run.artifact(stage) / file["path"]
+        if not path.is_file() or path.stat().st_size != file["bytes"]:
+            return None
+    return manifest if _same_inputs(manifest.get("inputs", {}), _inputs(run, stage)) else None
+
+
+def read_manifest(artifact: Path) -> Manifest | None:
+    """The manifest of an artifact folder, or None when there is none to trust."""
+    try:
+        manifest = json.loads((artifact / "manifest.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        return None  # Not ours, or damaged: the stage runs again and replaces it.
+    return manifest if isinstance(manifest, dict) else None
+
+
+def _same_inputs(recorded: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Equal by content. A path may have moved, and an input that is gone cannot have changed."""
+
+    def essence(inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: {k: v for k, v in source.items() if k != "path"} for name, source in inputs.items()}
+
+    then, current = essence(recorded), essence(now)
+    return then.keys() == current.keys() and all(
+        current[name] == then[name] or current[name].get("sha256") == "" for name in then
+    )
+
+
+def _inputs(run: LocalRun, stage: StageName) -> dict[str, Any]:
+    """What the script of a stage reads, each with the hash of its content."""
+    experiment = run.plan.experiment
+    base = _source(run, experiment.base.model, "model", experiment.base.revision)
+    match stage:
+        case StageName.TRAIN:
+            return {"base": base, **_data_inputs(run)}
+        case StageName.MERGE:
+            return {"base": base, "adapter": _made_by(run, StageName.TRAIN)}
+        case StageName.GGUF:
+            return {"model": _tuned(run)}
+        case StageName.EVALUATE:
+            inputs = {"base": base, "tuned": _tuned(run), **_data_inputs(run)}
+            evaluate = experiment.evaluate
+            if evaluate and evaluate.prompts:
+                prompts = _source(run, evaluate.prompts, "dataset", None)
+                inputs["prompts"] = {**prompts, "max_new_tokens": evaluate.max_new_tokens}
+            return inputs
+
+
+def _tuned(run: LocalRun) -> dict[str, Any]:
+    full = run.plan.experiment.train.method is Method.FULL
+    return _made_by(run, StageName.TRAIN if full else StageName.MERGE)
+
+
+def _data_inputs(run: LocalRun) -> dict[str, Any]:
+    data = run.plan.experiment.data
+    source = _source(run, data.dataset, "dataset", data.revision)
+    inputs = {"data": source if "path" in source else {**source, "subset": data.subset}}
+    if data.eval and data.eval.dataset:
+        inputs["eval_data"] = _source(run, data.eval.dataset, "dataset", data.revision)
+    return inputs
+
+
+def _source(run: LocalRun, source: str, kind: str, revision: str | None) -> dict[str, Any]:
+    if is_path(source):
+        return {"path": str(run.root / source), "sha256": run.facts.content[source]}
+    return {"repo": source, "revision": revision, "type": kind}
+
+
+def _made_by(run: LocalRun, stage: StageName) -> dict[str, Any]:
+    """The artifact of an earlier stage; its hash is that of its file list, empty when it is gone."""
+    manifest = read_manifest(run.artifact(stage))
+    files = {file["path"]: file["sha256"] for file in manifest["files"]} if manifest else None
+    return {"path": str(run.artifact(stage)), "sha256": _digest(files) if files is not None else ""}
+
+
+def _digest(value: object) -> str:
+    import hashlib
+
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _run_json(run: LocalRun, stage: Stage) -> dict[str, Any]:
+    previous = run.stage_folder(stage.name) / "run.json"
+    attempt = json.loads(previous.read_text(encoding="utf-8"))["attempt"] + 1 if previous.exists() else 1
+    return {
+        "schema": RUN_SCHEMA,
+        "run_id": run.plan.run_id,
+        "fingerprint": run.plan.fingerprint,
+        "stage": stage.name,
+        "attempt": attempt,
+        "experiment": run.plan.experiment.resolved(),
+        "inputs": _inputs(run, stage.name),
+        "output": {"path": str(run.artifact(stage.name))},
+        "work": str(run.stage_folder(stage.name) / "work"),
+        "device": run.device,
+        "predicted": {"duration_s": stage.cost.expected_s, "memory_gib": stage.memory and stage.memory.total},
+    }
+
+
+def _environment(run: LocalRun) -> dict[str, str]:
+    offline = is_path(run.plan.experiment.base.model) and is_path(run.plan.experiment.data.dataset)
+    quiet = {"PYTHONUNBUFFERED": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {**os.environ, **quiet, **({"HF_HUB_OFFLINE": "1"} if offline else {})}
+
+
+def _follow(run: LocalRun, stage: Stage, request: Path, log: Path, lock: int, on_event: OnEvent) -> int:
+    """Start the script, read its log as it grows, return its exit code (negative: killed by that signal)."""
+    command = [run.python, str(run.root / stage.script), str(request)]
+    # The script writes to the file, not to a pipe: it goes on, and its log stays whole, when this process dies.
+    with log.open("wb") as out, log.open("r", encoding="utf-8", errors="replace") as tail:
+        process = subprocess.Popen(
+            command,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            cwd=run.root,
+            env=_environment(run),
+            pass_fds=(lock,),
+            start_new_session=True,
+        )
+        reader = _EventReader(tail)
+        try:
+            while process.poll() is None:
+                reader.pass_on(on_event)
+                time.sleep(POLL_S)
+        except BaseException:
+            stop_group(process)
+            raise
+        reader.pass_on(on_event)
+    return process.returncode
+
+
+class _EventReader:
+    """Reads whole lines of a growing log and passes on those that are events."""
+
+    def __init__(self, tail: TextIO) -> None:
+        self.tail = tail
+        self.rest = ""
+
+    def pass_on(self, on_event: OnEvent) -> None:
+        self.rest += self.tail.read()
+        *lines, self.rest = self.rest.split("\n")
+        for line in lines:
+            event = parse_event(line)
+            if event is not None:
+                on_event(event)
+
+
+def parse_event(line: str) -> dict[str, Any] | None:
+    """The event on a log line, or None for any other line."""
+    if not line.startswith(EVENT_PREFIX):
+        return None
+    try:
+        event = json.loads(line.removeprefix(EVENT_PREFIX))
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
+
+
+def _failure(stage: Stage, code: int, log: Path, error: dict[str, Any]) -> StageFailed:
+    name = stage.name
+    if code == 2 and error:
+        return StageFailed(f"{name}: {error['message']}", str(error.get("hint", "")), exit_code=2)
+    if error:
+        return StageFailed(f"{name}: {error['message']}", str(error.get("hint") or f"see `{log}`"))
+    if code == -signal.SIGKILL:
+        return StageFailed(
+            f"{name} was killed (out of memory?)", "close other programs, or lower `max_length`; then run again"
+        )
+    tail = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    last = next((line for line in reversed(tail) if not line.startswith(EVENT_PREFIX)), "no output")
+    how = (
+        f"was ended by signal {-code}"
+        if code < 0
+        else f"failed with exit code {code}"
+        if code
+        else "left no whole artifact"
+    )
+    return StageFailed(f"{name} {how}: {last.strip()[:300]}", f"the whole log: `{log}`")

@@ -1,0 +1,113 @@
+"""Value types of the experiment file: durations, names, repository ids, in-repo paths. No field, no file."""
+
+import re
+from pathlib import PurePosixPath
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from pipeline.yaml_text import Plain, resolve_plain
+
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?")
+# The Hub's rule for `namespace/name`: word characters, `.` and `-`, 96 characters, no `--` or `..`.
+REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def fault(message: str, hint: str) -> PydanticCustomError:
+    """A schema error with its hint; braces are doubled because pydantic formats the message."""
+    return PydanticCustomError("mergetune", message.replace("{", "{{").replace("}", "}}"), {"hint": hint})
+
+
+def _duration(value: Any) -> Any:
+    """Seconds of `90s`, `45m`, `4h`, `1.5h` or `2d` (what HF Jobs accepts, less a bare number)."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    text = str(value).strip()
+    if match := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([smhd])", text):
+        return round(float(match[1]) * SECONDS[match[2]])
+    if match := re.fullmatch(r"([0-9]+)(?:h|:)([0-9]{1,2})m?", text):
+        minutes = int(match[1]) * 60 + int(match[2])
+        raise fault(f"`{text}` is not a duration", f"write `{minutes}m`")
+    if re.fullmatch(r"[0-9]+", text):
+        raise fault(f"`{text}` has no unit", f"write `{text}m` for minutes or `{text}h` for hours")
+    raise fault(f"`{text}` is not a duration", "write a number and a unit: `90m`, `4h`, `1.5h`, `2d`")
+
+
+def _boolean(value: Any) -> Any:
+    if isinstance(value, bool):
+        return value
+    if value in ("true", "True", "TRUE"):
+        return True
+    if value in ("false", "False", "FALSE"):
+        return False
+    shown = f"`{value}`"
+    guess = {"yes": "true", "on": "true", "y": "true", "1": "true"}.get(str(value).lower(), "false")
+    raise fault(f"{shown} is not a boolean", f"write `true` or `false` (here probably `{guess}`)")
+
+
+def _name(value: Any) -> Any:
+    if isinstance(value, str) and not NAME.fullmatch(value):
+        tidy = re.sub(r"-{2,}", "-", re.sub(r"[^a-z0-9]+", "-", value.lower())).strip("-")[:64] or "my-experiment"
+        raise fault(f"`{value[:80]}` is not a name: lower-case letters, digits and `-`, at most 64", f"write `{tidy}`")
+    return value
+
+
+def _repo(value: Any) -> Any:
+    if isinstance(value, str) and (not REPO.fullmatch(value) or ".." in value or "--" in value or len(value) > 96):
+        raise fault(f"`{value[:100]}` is not a repository id", "write `namespace/name`, as in the Hub's address")
+    return value
+
+
+def _repo_path(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    path = PurePosixPath(value)
+    if path.is_absolute() or ".." in path.parts or "\\" in value or "\0" in value or value.startswith("~"):
+        raise fault(f"`{value[:100]}` leaves the repository", "write a path relative to the repository's root")
+    return value
+
+
+def _source(value: Any) -> Any:
+    return _repo_path(value) if isinstance(value, str) and is_path(value) else _repo(value)
+
+
+def is_path(source: str) -> bool:
+    """True when a base or dataset is a path in this repository: starts with `.` or `/`, or names a data file."""
+    return source.startswith((".", "/", "~")) or source.endswith((".jsonl", ".parquet", ".json", ".csv", ".txt"))
+
+
+def _data_source(value: Any) -> Any:
+    value = _source(value)
+    if isinstance(value, str) and is_path(value) and not value.endswith((".jsonl", ".parquet")):
+        raise fault(f"`{value[:100]}` is not JSONL or Parquet", "convert it to `.jsonl`: one JSON object a line")
+    return value
+
+
+def _free(value: Any) -> Any:
+    return resolve_plain(value)
+
+
+def _strings(value: Any) -> Any:
+    """Accept one word where a list is asked for only when YAML made it one: `[a, b]` stays, `a` is an error."""
+    if isinstance(value, Plain):
+        raise fault(f"`{value}` is not a list", f"write `[{value}]`")
+    return value
+
+
+# What a person writes (and an editor checks) is `4h`; what the code holds is seconds.
+_DURATION_SCHEMA = WithJsonSchema(
+    {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)? ?[smhd]$", "examples": ["90m", "4h"]}
+)
+Duration = Annotated[int, BeforeValidator(_duration), Field(gt=0, le=7 * 86400), _DURATION_SCHEMA]
+Boolean = Annotated[bool, BeforeValidator(_boolean)]
+Name = Annotated[str, BeforeValidator(_name)]
+RepoId = Annotated[str, BeforeValidator(_repo)]
+RepoPath = Annotated[str, BeforeValidator(_repo_path), Field(min_length=1)]
+BaseSource = Annotated[str, BeforeValidator(_source), Field(min_length=1)]
+DataSource = Annotated[str, BeforeValidator(_data_source), Field(min_length=1)]
+FreeValues = Annotated[dict[str, Any], BeforeValidator(_free)]
+StringList = Annotated[list[str], BeforeValidator(_strings)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(gt=0)]

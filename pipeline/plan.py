@@ -1,0 +1,156 @@
+"""Experiment and facts to a plan: identity, ordered stages, estimates. Pure: reads and asks nothing."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from pipeline.cost import CostEstimate, estimate_cost, estimate_train_seconds, stage_seconds
+from pipeline.errors import UserError
+from pipeline.experiment import Evaluate, Experiment, Gguf, Merge, Method, Train, nearest
+from pipeline.facts import Facts
+from pipeline.fields import is_path
+from pipeline.flavors import FLAVORS, Flavor
+from pipeline.memory import MemoryEstimate, estimate_memory
+
+# What a section of the file says that decides the result. Flavor, timeout, budget and names do not.
+NOT_IN_FINGERPRINT = {"flavor", "timeout", "tracking", "save_steps"}
+
+
+class StageName(StrEnum):
+    """The stages, in the order they run."""
+
+    TRAIN = "train"
+    MERGE = "merge"
+    GGUF = "gguf"
+    EVALUATE = "evaluate"
+
+
+SCRIPTS = {
+    StageName.TRAIN: "scripts/train_sft.py",
+    StageName.MERGE: "scripts/merge_adapter.py",
+    StageName.GGUF: "scripts/convert_gguf.py",
+    StageName.EVALUATE: "scripts/evaluate.py",
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a plan: a job script on a flavor, bounded by a timeout in seconds."""
+
+    name: StageName
+    script: str
+    flavor: Flavor
+    timeout_s: int
+    cost: CostEstimate
+    memory: MemoryEstimate | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An experiment carried out once: `run_id` names it everywhere."""
+
+    run_id: str
+    fingerprint: str
+    experiment: Experiment
+    stages: tuple[Stage, ...]
+
+    @property
+    def worst_usd(self) -> float:
+        """Every stage running into its timeout."""
+        return sum(stage.cost.worst_usd for stage in self.stages)
+
+    @property
+    def expected_usd(self) -> float | None:
+        """Sum over stages, None when one of them is unknown."""
+        parts = [stage.cost.expected_usd for stage in self.stages]
+        return None if any(part is None for part in parts) else sum(part for part in parts if part is not None)
+
+
+def make_fingerprint(experiment: Experiment, facts: Facts) -> str:
+    """sha256 (hex) of the canonical JSON of what the file says that decides the result.
+
+    Only written fields enter, so a new default in a later version changes no finished run; in-repo
+    data, bases and custom scripts enter by content.
+    """
+    said: dict[str, Any] = experiment.model_dump(mode="json", exclude_unset=True)
+    kept = {key: said[key] for key in ("base", "data", "train", "gguf") if said.get(key) is not None}
+    for section in ("train", "gguf"):
+        if section in kept:
+            kept[section] = {k: v for k, v in kept[section].items() if k not in NOT_IN_FINGERPRINT}
+    deciding = (experiment.base.model, experiment.data.dataset, experiment.train.script, _eval_path(experiment))
+    content = {path: facts.content[path] for path in deciding if path is not None and path in facts.content}
+    canonical = json.dumps([kept, content], sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def make_plan(experiment: Experiment, facts: Facts) -> Plan:
+    """Lay out the stages of an experiment.
+
+    Raises:
+        UserError: a flavor that does not exist, or an in-repo path that is not there.
+    """
+    if facts.missing:
+        raise UserError(f"`{facts.missing[0]}` is not in this repository", "commit the file, or correct the path")
+    fingerprint = make_fingerprint(experiment, facts)
+    run_id = f"{experiment.name}-{fingerprint[:8]}"
+    stages = [_train_stage(experiment, facts)]
+    for name, section in _after_training(experiment):
+        files = len(section.quants) + 1 if isinstance(section, Gguf) else 1
+        flavor = flavor_named(section.flavor, name)
+        seconds = stage_seconds(name, facts.shape, files)
+        cost = estimate_cost(seconds, section.timeout, flavor)
+        stages.append(Stage(name, SCRIPTS[name], flavor, section.timeout, cost))
+    return Plan(run_id, fingerprint, experiment, tuple(stages))
+
+
+def flavor_named(name: str, section: str) -> Flavor:
+    """The flavor of that name.
+
+    Raises:
+        UserError: there is none; the nearest is named.
+    """
+    flavor = FLAVORS.get(name)
+    if flavor is None:
+        near = nearest(name, FLAVORS) or "a10g-large"
+        raise UserError(f"`{section}.flavor`: there is no flavor `{name}`", f"write `{near}`", exit_code=2)
+    return flavor
+
+
+def in_repo_paths(experiment: Experiment) -> tuple[str, ...]:
+    """Every path of this repository that the experiment names, in file order, each once."""
+    sources = [experiment.base.model, experiment.data.dataset]
+    paths = [source for source in sources if is_path(source)]
+    paths += [path for path in (_eval_path(experiment), experiment.train.script) if path]
+    if experiment.evaluate and experiment.evaluate.prompts:
+        paths.append(experiment.evaluate.prompts)
+    return tuple(dict.fromkeys(paths))
+
+
+def _eval_path(experiment: Experiment) -> str | None:
+    held_out = experiment.data.eval
+    return held_out.dataset if held_out and held_out.dataset and is_path(held_out.dataset) else None
+
+
+def _train_stage(experiment: Experiment, facts: Facts) -> Stage:
+    train: Train = experiment.train
+    flavor = flavor_named(train.flavor, "train")
+    seconds = None
+    if facts.shape and facts.data:
+        seconds = estimate_train_seconds(experiment, facts.shape, facts.data, flavor)
+    memory = estimate_memory(experiment, facts.shape) if facts.shape else None
+    cost = estimate_cost(seconds, train.timeout, flavor)
+    script = train.script or SCRIPTS[StageName.TRAIN]
+    return Stage(StageName.TRAIN, script, flavor, train.timeout, cost, memory)
+
+
+def _after_training(experiment: Experiment) -> list[tuple[StageName, Merge | Gguf | Evaluate]]:
+    chosen: list[tuple[StageName, Merge | Gguf | Evaluate]] = []
+    if experiment.merge and experiment.train.method is not Method.FULL:
+        chosen.append((StageName.MERGE, experiment.merge))
+    if experiment.gguf:
+        chosen.append((StageName.GGUF, experiment.gguf))
+    if experiment.evaluate:
+        chosen.append((StageName.EVALUATE, experiment.evaluate))
+    return chosen

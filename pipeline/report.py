@@ -1,0 +1,270 @@
+"""Markdown for humans: the report of a run and the plan of an experiment. Returns text; writes and posts none."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.charts import sparkline
+from pipeline.flavors import AS_OF
+from pipeline.plan import Plan, Stage, StageName
+from pipeline.progress import duration
+
+Manifest = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left: its plan, the manifests of the stages that are done, and its folder."""
+
+    plan: Plan
+    manifests: Mapping[StageName, Manifest]
+    folder: Path
+
+    def artifact(self, stage: StageName) -> Path:
+        """The folder of a stage's artifact."""
+        return self.folder / stage / "artifact"
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready, for `--format json`."""
+        stages = {
+            name: {"artifact": str(self.artifact(name)), "metrics": manifest.get("metrics", {})}
+            for name, manifest in self.manifests.items()
+        }
+        return {"run_id": self.plan.run_id, "report": str(self.folder / "report.md"), "stages": stages}
+
+
+def render_report(result: RunResult) -> str:
+    """The whole report of a run in Markdown."""
+    sections = [
+        _heading(result),
+        _verdict(result.manifests.get(StageName.EVALUATE)),
+        _training(result.manifests.get(StageName.TRAIN)),
+        _samples(result.manifests.get(StageName.EVALUATE)),
+        _artifacts(result),
+        _usage(result),
+        _stages(result),
+        _reproducibility(result),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def render_plan(plan: Plan) -> str:
+    """The plan of an experiment in Markdown: verdict first, one row a stage."""
+    expected = "not known" if plan.expected_usd is None else money(plan.expected_usd)
+    train = plan.stages[0]
+    lines = [
+        f"## Plan `{plan.run_id}`",
+        f"{_fit_words(train)} Expected {expected}, at most {money(plan.worst_usd)} "
+        f"of a budget of {money(plan.experiment.budget.max_usd)}.",
+        quote(plan.experiment.hypothesis),
+        "| stage | flavor | expected | timeout | expected cost | at most |\n|---|---|--:|--:|--:|--:|\n"
+        + "\n".join(_plan_row(stage) for stage in plan.stages),
+    ]
+    if train.memory is not None and train.flavor.gpu is not None:
+        memory = train.memory
+        lines.append(
+            f"Memory of training: {memory.total:.1f} GiB ({memory.low:.1f} to {memory.high:.1f}): "
+            f"weights {memory.weights:.1f}, activations {memory.activations:.1f}, head {memory.head:.1f}, "
+            f"adapter and optimizer {memory.adapter + memory.optimizer:.1f}, CUDA {memory.context:.1f}."
+        )
+    bands = f"durations are within {train.cost.band:.0%} at best; prices as of {AS_OF}"
+    lines.append(
+        f"<sub>Estimates of a closed form: memory within 20%, {bands}. Fingerprint `{plan.fingerprint}`.</sub>"
+    )
+    return "\n\n".join(lines) + "\n"
+
+
+def plan_as_dict(plan: Plan) -> dict[str, Any]:
+    """The plan, JSON-ready. Durations in seconds, memory in GiB, cost in US dollars."""
+    return {
+        "run_id": plan.run_id,
+        "fingerprint": plan.fingerprint,
+        "expected_usd": plan.expected_usd,
+        "worst_usd": plan.worst_usd,
+        "max_usd": plan.experiment.budget.max_usd,
+        "stages": [
+            {
+                "name": stage.name,
+                "script": stage.script,
+                "flavor": stage.flavor.name,
+                "timeout_s": stage.timeout_s,
+                "expected_s": stage.cost.expected_s,
+                "expected_usd": stage.cost.expected_usd,
+                "worst_usd": stage.cost.worst_usd,
+                "memory_gib": stage.memory and round(stage.memory.total, 2),
+                "memory_band": stage.memory and stage.memory.band,
+            }
+            for stage in plan.stages
+        ],
+    }
+
+
+def money(usd: float) -> str:
+    """Dollars; cents only as far as they matter."""
+    return f"${usd:.4f}" if 0 < usd < 0.01 else f"${usd:.2f}"
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units, as file listings and the Hub show them."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def quote(text: str) -> str:
+    """Untrusted text as a block quote: no mention, reference, HTML or fence in it acts."""
+    return "\n".join(f"> {defang(line)}" for line in text.strip().splitlines() or [""])
+
+
+def defang(text: str) -> str:
+    """Untrusted text for one line of Markdown: markup, mentions, references and control characters made inert."""
+    visible = re.sub(
+        r"[\x00-\x08\x0b-\x1f\x7f\u200b-\u200f\u202a-\u202e\u2066-\u2069]", "\N{REPLACEMENT CHARACTER}", text
+    )
+    escaped = re.sub(r"([\\`*_{}\[\]<>|#~!])", r"\\\1", visible)
+    return re.sub(r"([@#])(?=\w)", "\\1\N{ZERO WIDTH NON-JOINER}", escaped)
+
+
+def fence(text: str) -> str:
+    """Untrusted text as a code block, behind a fence longer than any run of backticks in it."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    marks = "`" * max(3, longest + 1)
+    return f"{marks}text\n{text.strip()}\n{marks}"
+
+
+def _fit_words(train: Stage) -> str:
+    flavor = train.flavor
+    if flavor.gpu is None:
+        return f"Trains on `{flavor.name}`, without a GPU."
+    if train.memory is None:
+        return f"Memory on `{flavor.name}` is not known: no config.json of this base at hand."
+    verdict = train.memory.fits(flavor)
+    words = {True: "**Fits**", False: "**Does not fit**", None: "**May not fit**"}[verdict]
+    return f"{words} `{flavor.name}`: about {train.memory.total:.1f} of {flavor.vram_gib:g} GiB."
+
+
+def _plan_row(stage: Stage) -> str:
+    cost = stage.cost
+    expected_s = "not known" if cost.expected_s is None else f"~{duration(cost.expected_s)}"
+    expected = "not known" if cost.expected_usd is None else money(cost.expected_usd)
+    timeout = duration(stage.timeout_s)
+    return f"| {stage.name} | `{stage.flavor.name}` | {expected_s} | {timeout} | {expected} | {money(cost.worst_usd)} |"
+
+
+def _heading(result: RunResult) -> str:
+    done = ", ".join(result.manifests)
+    return f"# {result.plan.run_id}\n\n{quote(result.plan.experiment.hypothesis)}\n\nStages done: {done}."
+
+
+def _verdict(evaluate: Manifest | None) -> str:
+    metrics = evaluate.get("metrics", {}) if evaluate else {}
+    if "after" not in metrics:
+        return ""
+    before, after = metrics["before"], metrics["after"]
+    change = metrics["loss_change_percent"]
+    word = "fell" if change < 0 else "rose"
+    return (
+        f"**Held-out loss {word} by {abs(change):.1f} %**, over {metrics['tokens']:,} tokens of {metrics['rows']:,} "
+        "rows the training never saw.\n\n"
+        "| | before | after |\n|---|--:|--:|\n"
+        f"| loss (nats per token) | {before['loss']:.3f} | {after['loss']:.3f} |\n"
+        f"| perplexity | {before['perplexity']:.2f} | {after['perplexity']:.2f} |"
+    )
+
+
+def _training(train: Manifest | None) -> str:
+    if train is None:
+        return ""
+    metrics = train.get("metrics", {})
+    losses = [float(point["loss"]) for point in train.get("history", [])]
+    lines = ["## Training"]
+    if losses:
+        lines.append(f"`{sparkline(losses)}` training loss {losses[0]:.2f} → {losses[-1]:.2f}")
+    held_out = [float(point["eval_loss"]) for point in train.get("eval_history", [])]
+    if held_out:
+        lines.append(f"`{sparkline(held_out)}` held-out loss {held_out[0]:.2f} → {held_out[-1]:.2f}")
+    facts = [
+        f"{metrics['steps']} steps",
+        f"{metrics['rows']:,} rows",
+        f"{metrics['tokens_trained']:,} tokens carried loss",
+    ]
+    if metrics.get("tokens_per_s"):
+        facts.append(f"{metrics['tokens_per_s']:,.0f} tokens/s")
+    facts.append(f"peak memory {train['measured']['peak_memory_gib']:.2f} GiB")
+    return "\n\n".join([*lines, " · ".join(facts) + "."])
+
+
+def _samples(evaluate: Manifest | None) -> str:
+    samples = evaluate.get("samples", []) if evaluate else []
+    if not samples:
+        return ""
+    parts = ["## Before and after"]
+    for sample in samples:
+        parts += [quote(sample["prompt"]), "Before:", fence(sample["before"]), "After:", fence(sample["after"])]
+    return "\n\n".join(parts)
+
+
+def _artifacts(result: RunResult) -> str:
+    rows = []
+    for name, manifest in result.manifests.items():
+        files = [file for file in manifest["files"] if file["path"].endswith((".safetensors", ".gguf"))]
+        rows += [
+            f"| {name} | `{result.artifact(name) / file['path']}` | {size(file['bytes'])} | `{file['sha256'][:12]}` |"
+            for file in files
+        ]
+    head = "## Artifacts\n\n| stage | file | size | sha256 |\n|---|---|--:|---|\n"
+    return head + "\n".join(rows) if rows else ""
+
+
+def gguf_files(result: RunResult) -> list[Path]:
+    """The GGUF files of a run, in the order of `gguf.quants`."""
+    manifest = result.manifests.get(StageName.GGUF)
+    section = result.plan.experiment.gguf
+    if manifest is None or section is None:
+        return []
+    names = [file["path"] for file in manifest["files"]]
+    order: Iterable[str] = section.quants
+    return [
+        result.artifact(StageName.GGUF) / name for quant in order for name in names if name.endswith(f"-{quant}.gguf")
+    ]
+
+
+def _usage(result: RunResult) -> str:
+    files = gguf_files(result)
+    if not files:
+        return ""
+    best = files[0]
+    return (
+        "## Use it\n\nWith llama.cpp, as a server with a chat page on port 8080, or in the terminal:\n\n"
+        f"```sh\nllama-server -m {best} --port 8080\nllama-cli -m {best} -cnv\n```"
+    )
+
+
+def _stages(result: RunResult) -> str:
+    rows = []
+    for stage in result.plan.stages:
+        manifest = result.manifests.get(stage.name)
+        if manifest:
+            peak = manifest.get("measured", {}).get("peak_memory_gib")
+            memory = "" if peak is None else f"{peak:.2f} GiB"
+            rows.append(f"| {stage.name} | {duration(manifest['duration_s'])} | {memory} | {manifest['attempt']} |")
+    return "## Stages\n\n| stage | took | peak memory | attempt |\n|---|--:|--:|--:|\n" + "\n".join(rows)
+
+
+def _reproducibility(result: RunResult) -> str:
+    experiment = result.plan.experiment
+    versions: dict[str, str] = {}
+    for manifest in result.manifests.values():
+        versions.update(manifest.get("versions", {}))
+    listed = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    return (
+        "## To make it again\n\n"
+        f"- fingerprint `{result.plan.fingerprint}`\n"
+        f"- base `{experiment.base.model}` at `{experiment.base.revision or 'the content in this repository'}`\n"
+        f"- data `{experiment.data.dataset}` at `{experiment.data.revision or 'the content in this repository'}`\n"
+        f"- seed {experiment.train.seed}\n- {listed}"
+    )

@@ -1,0 +1,121 @@
+"""Rules about the file itself: names, pins, paths, money. Nothing here looks at hardware or data."""
+
+from pipeline.errors import Severity
+from pipeline.experiment import nearest
+from pipeline.fields import is_path
+from pipeline.flavors import FLAVORS
+from pipeline.plan import make_plan
+from pipeline.rules.rule import Subject, Verdict
+
+
+def name_is_the_files_name(subject: Subject) -> Verdict | None:
+    """`name` equals the file's name
+
+    Why: Runs, tags and comments carry the name; a reader must find the file from it.
+    Fix: Rename the file, or change `name`.
+    """
+    name, stem = subject.file.experiment.name, subject.file.path.stem
+    if name == stem:
+        return None
+    return Verdict("name", f"`name: {name}` in a file called `{stem}`", f"write `name: {stem}`, or rename the file")
+
+
+def revision_pinned(subject: Subject) -> Verdict | None:
+    """Base and dataset are pinned to a revision
+
+    Why: A branch can move between the reviewed plan and the launch, and the same file then means another result.
+    Fix: Write the commit as `revision`.
+    """
+    experiment = subject.file.experiment
+    if not is_path(experiment.base.model) and experiment.base.revision is None:
+        hint = f"add `revision: <commit>` under `base` (the commit `{experiment.base.model}` is at today)"
+        return Verdict("base.model", f"`{experiment.base.model}` is not pinned", hint, Severity.WARNING)
+    if not is_path(experiment.data.dataset) and experiment.data.revision is None:
+        hint = f"add `revision: <commit>` under `data` (the commit `{experiment.data.dataset}` is at today)"
+        return Verdict("data.dataset", f"`{experiment.data.dataset}` is not pinned", hint, Severity.WARNING)
+    return None
+
+
+def files_are_there(subject: Subject) -> Verdict | None:
+    """Every in-repo path exists
+
+    Why: The job would start, be billed for its start, and fail at the first read.
+    Fix: Commit the file, or correct the path; paths count from the repository's root.
+    """
+    if not subject.facts.missing:
+        return None
+    path = subject.facts.missing[0]
+    return Verdict(_key_of(subject, path), f"`{path}` is not in this repository", "commit it, or correct the path")
+
+
+def namespace_allowed(subject: Subject) -> Verdict | None:
+    """The output goes to a namespace this repository may write to
+
+    Why: A typo in the namespace would put the result into somebody else's account, or fail hours later.
+    Fix: Use one of `tool.mergetune.namespaces`, or add yours there.
+    """
+    allowed = subject.settings.namespaces
+    repo = subject.file.experiment.output.repo
+    namespace, name = repo.split("/")
+    if not allowed or namespace in allowed:
+        return None
+    near = nearest(namespace, allowed) or allowed[0]
+    return Verdict("output.repo", f"namespace `{namespace}` is not allowed here", f"write `repo: {near}/{name}`")
+
+
+def flavors_exist(subject: Subject) -> Verdict | None:
+    """Every flavor exists
+
+    Why: Hugging Face Jobs refuses an unknown flavor at submit, after the merge.
+    Fix: Use a flavor of the catalogue (`mergetune plan` lists those that fit).
+    """
+    experiment = subject.file.experiment
+    for section in ("train", "merge", "gguf", "evaluate"):
+        stage = getattr(experiment, section)
+        if stage is not None and stage.flavor not in FLAVORS:
+            near = nearest(stage.flavor, FLAVORS) or "a10g-large"
+            return Verdict(f"{section}.flavor", f"there is no flavor `{stage.flavor}`", f"write `flavor: {near}`")
+    return None
+
+
+def worst_case_within_budget(subject: Subject) -> Verdict | None:
+    """The worst case stays within the budget
+
+    Why: A job that hangs is billed until its timeout; the reviewer approved `budget.max_usd`, not more.
+    Fix: Shorten the timeout, choose a cheaper flavor, or raise the budget.
+    """
+    if flavors_exist(subject) or subject.facts.missing:
+        return None
+    plan = make_plan(subject.file.experiment, subject.facts)
+    budget = subject.file.experiment.budget.max_usd
+    if plan.worst_usd <= budget:
+        return None
+    train = plan.stages[0]
+    rest = plan.worst_usd - train.cost.worst_usd
+    minutes = int((budget - rest) / train.flavor.usd_per_minute)
+    fits = f"write `timeout: {minutes}m` under `train`, or " if minutes > 0 else ""
+    message = f"every stage running into its timeout costs ${plan.worst_usd:.2f}, the budget is ${budget:.2f}"
+    return Verdict("budget.max_usd", message, f"{fits}write `max_usd: {plan.worst_usd:.2f}`")
+
+
+def budget_within_settings(subject: Subject) -> Verdict | None:
+    """The budget stays within the repository's cap
+
+    Why: `tool.mergetune.max_usd_per_run` is the owner's limit, above any experiment's.
+    Fix: Lower `budget.max_usd`, or have the owner raise the cap.
+    """
+    cap = subject.settings.max_usd_per_run
+    budget = subject.file.experiment.budget.max_usd
+    if budget <= cap:
+        return None
+    return Verdict("budget.max_usd", f"${budget:.2f} is above this repository's cap", f"write `max_usd: {cap:g}`")
+
+
+def _key_of(subject: Subject, path: str) -> str:
+    """The dotted key that names `path`."""
+    experiment = subject.file.experiment
+    evaluate, held_out = experiment.evaluate, experiment.data.eval
+    named = {"base.model": experiment.base.model, "data.dataset": experiment.data.dataset}
+    named |= {"train.script": experiment.train.script or "", "evaluate.prompts": (evaluate and evaluate.prompts) or ""}
+    named |= {"data.eval.dataset": (held_out and held_out.dataset) or ""}
+    return next(key for key, value in named.items() if value == path)

@@ -1,0 +1,38 @@
+"""`mergetune init`: a new experiment from an example, its comments kept."""
+
+import re
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.experiment import nearest
+from pipeline.fields import NAME
+
+
+def write_experiment(root: Path, name: str, example: str) -> Path:
+    """Copy `experiments/examples/<example>.yaml` to `experiments/<name>.yaml` under its new name.
+
+    Raises:
+        UserError: not a name, no such example, or the file is there already.
+    """
+    if not NAME.fullmatch(name):
+        tidy = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "my-experiment"
+        raise UserError(
+            f"`{name}` is not a name: lower-case letters, digits and `-`", f"`mergetune init {tidy}`", exit_code=2
+        )
+    examples = {path.stem: path for path in sorted((root / "experiments" / "examples").glob("*.yaml"))}
+    if example not in examples:
+        near = nearest(example, examples)
+        hint = f"`mergetune init {name} --from {near}`" if near else f"there are: {', '.join(examples)}"
+        raise UserError(f"there is no example `{example}`", hint, exit_code=2)
+    target = root / "experiments" / f"{name}.yaml"
+    text = examples[example].read_text(encoding="utf-8").replace("$schema=../_schema.json", "$schema=./_schema.json")
+    text = re.sub(r"(?m)^name: .*$", f"name: {name}", text, count=1)
+    try:
+        with target.open("x", encoding="utf-8") as handle:
+            handle.write(text)
+    except FileExistsError as error:
+        shown = target.relative_to(root)
+        raise UserError(f"`{shown}` is there already", "choose another name, or edit that file", exit_code=2) from error
+    except OSError as error:
+        raise UserError(f"`{target}` cannot be written: {error.strerror}", "check the folder's permissions") from error
+    return target

@@ -1,0 +1,225 @@
+"""YAML text to plain data with the position of every key and value. Knows YAML's traps; knows no schema.
+
+Scalars stay text (`Plain` when unquoted): the schema, not YAML, decides what `2e-4`, `1:30`, `no` or `5e2` mean.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.errors import Finding, InvalidExperiment, Place, Severity
+
+MAX_BYTES = 256 * 1024  # An experiment is a page or two; beyond this it is the wrong file.
+MAX_DEPTH = 12
+MAX_NODES = 20_000
+
+Keys = tuple[str | int, ...]
+
+
+class Plain(str):
+    """An unquoted YAML scalar, as written."""
+
+
+@dataclass(frozen=True)
+class YamlText:
+    """The data of one YAML file, and where each value (`values`) and each mapping key (`keys`) stands."""
+
+    path: str
+    data: Any
+    values: Mapping[Keys, Place] = field(repr=False)
+    keys: Mapping[Keys, Place] = field(repr=False)
+
+    def at(self, keys: Keys) -> Place:
+        """The place of a value, or of the nearest parent that was written."""
+        while keys and keys not in self.values:
+            keys = keys[:-1]
+        return self.values.get(keys, Place(self.path))
+
+    def at_key(self, keys: Keys) -> Place:
+        """The place of a key."""
+        return self.keys.get(keys) or self.at(keys)
+
+
+def invalid(at: Place, message: str, hint: str = "", rule: str = "EXP001") -> InvalidExperiment:
+    """The exception for one fault of a file."""
+    return InvalidExperiment((Finding(rule, Severity.ERROR, at, message, hint),))
+
+
+def load_yaml(path: Path, shown: str) -> YamlText:
+    """Read one YAML mapping from `path`, shown to people as `shown`.
+
+    Raises:
+        InvalidExperiment: missing, unreadable, too big, binary, not UTF-8, not YAML, or one of YAML's traps.
+    """
+    return parse_yaml(_read(path, Place(shown)), shown)
+
+
+def parse_yaml(text: str, shown: str) -> YamlText:
+    """Parse one YAML mapping; see `load_yaml`."""
+    top = Place(shown)
+    _refuse_control_characters(text, shown)
+    try:
+        node = yaml.compose(text, Loader=_loader())
+    except yaml.MarkedYAMLError as error:
+        raise invalid(
+            _place(shown, error.problem_mark), f"not YAML: {_problem(error)}", _syntax_hint(error, text)
+        ) from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise invalid(top, f"not YAML: {str(error).splitlines()[0]}") from error
+    if node is None:
+        raise invalid(top, "the file is empty", "start from `mergetune init NAME`")
+    builder = _Builder(shown)
+    data = builder.build(node, (), 0)
+    if not isinstance(data, dict):
+        at = _place(shown, node.start_mark)
+        raise invalid(at, "the file must be a mapping of keys to values", "start from `mergetune init NAME`")
+    return YamlText(shown, data, builder.values, builder.keys)
+
+
+def resolve_plain(value: Any) -> Any:
+    """Turn `Plain` text into numbers and booleans by the YAML 1.2 core schema, through lists and mappings.
+
+    Only for values without a schema of their own; quoted text stays text.
+    """
+    if isinstance(value, dict):
+        return {key: resolve_plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [resolve_plain(item) for item in value]
+    if not isinstance(value, Plain):
+        return value
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if re.fullmatch(r"[-+]?[0-9]+", value):
+        return int(value)
+    if re.fullmatch(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", value):
+        number = float(value)
+        return number if math.isfinite(number) else str(value)
+    return str(value)
+
+
+def _loader() -> Any:
+    """libyaml's loader where PyYAML was built with it: the same nodes, many times faster."""
+    return getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def _read(path: Path, at: Place) -> str:
+    hint = f"check the path, or create it with `mergetune init {path.stem}`"
+    try:
+        if path.is_dir():
+            raise invalid(at, "is a folder, not a YAML file", "pass a file inside it")
+        with path.open("rb") as handle:
+            raw = handle.read(MAX_BYTES + 1)
+    except FileNotFoundError as error:
+        raise invalid(at, "no such file", hint) from error
+    except OSError as error:
+        raise invalid(at, f"cannot be read: {error.strerror}", "check its permissions") from error
+    except ValueError as error:
+        raise invalid(at, f"cannot be read: {error}", "check the path") from error
+    if len(raw) > MAX_BYTES:
+        raise invalid(at, f"larger than {MAX_BYTES // 1024} KiB", "an experiment is one short file; is this the data?")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        message = f"not UTF-8 text: byte 0x{raw[error.start]:02x}"
+        raise invalid(Place(at.path, line, 1), message, "save the file as UTF-8") from error
+
+
+def _refuse_control_characters(text: str, shown: str) -> None:
+    found = re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202a-\u202e\u2066-\u2069]", text)
+    if not found:
+        return
+    line = text.count("\n", 0, found.start()) + 1
+    column = found.start() - text.rfind("\n", 0, found.start())
+    message = f"control character U+{ord(found.group()):04X}"
+    raise invalid(Place(shown, line, column), message, "remove it; is this a binary file?")
+
+
+def _place(shown: str, mark: Any) -> Place:
+    return Place(shown, mark.line + 1, mark.column + 1) if mark else Place(shown)
+
+
+def _problem(error: yaml.MarkedYAMLError) -> str:
+    words = [part for part in (error.context, error.problem) if part]
+    return ", ".join(words) or "syntax error"
+
+
+def _syntax_hint(error: yaml.MarkedYAMLError, text: str) -> str:
+    problem = error.problem or ""
+    lines = text.splitlines()
+    at_line, column = (error.problem_mark.line, error.problem_mark.column) if error.problem_mark else (0, 0)
+    line = lines[at_line] if at_line < len(lines) else ""
+    if "tab character" in problem or line[: column + 1].lstrip(" ")[:1] == "\t":
+        return "indent with spaces, not tabs"
+    if "cannot start any token" in problem:
+        return f"quote the value: plain text cannot start with `{line[column : column + 1]}`"
+    if "mapping values are not allowed" in problem:
+        return "quote the value if it contains `: `"
+    if "expected a single document" in _problem(error):
+        return "one experiment per file: remove the `---`"
+    if "undefined alias" in problem:
+        return "quote a value that starts with `*`"
+    return "check the indentation and quotes on this line and the one above"
+
+
+class _Builder:
+    """Walks the node tree once, collecting positions; refuses what an experiment must not contain."""
+
+    def __init__(self, shown: str) -> None:
+        self.shown = shown
+        self.values: dict[Keys, Place] = {}
+        self.keys: dict[Keys, Place] = {}
+        self.seen: set[int] = set()
+
+    def build(self, node: yaml.Node, keys: Keys, depth: int) -> Any:
+        at = _place(self.shown, node.start_mark)
+        self.values[keys] = at
+        if depth > MAX_DEPTH or len(self.values) > MAX_NODES:
+            raise invalid(at, "nested too deep or too large for an experiment", "flatten it")
+        # An alias gives the same node object twice: anchors would let one line mean another (and bombs explode).
+        if id(node) in self.seen:
+            raise invalid(at, "YAML anchors and aliases are not allowed", "write the value out: one file says all")
+        self.seen.add(id(node))
+        self._refuse_tag(node, at)
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, keys, depth)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.build(item, (*keys, index), depth + 1) for index, item in enumerate(node.value)]
+        return _scalar(node)
+
+    def _mapping(self, node: yaml.MappingNode, keys: Keys, depth: int) -> dict[str, Any]:
+        built: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            at = _place(self.shown, key_node.start_mark)
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise invalid(at, "a key must be plain text", "quote a key that starts with `{` or `[`")
+            key = str(key_node.value)
+            if key == "<<" and not key_node.style:
+                raise invalid(at, "YAML merge keys are not allowed", "write the keys out: one file says all")
+            if key in built:
+                first = self.keys[(*keys, key)].line
+                raise invalid(at, f"duplicate key `{key}`", f"keep one: it also stands on line {first}")
+            self.keys[(*keys, key)] = at
+            built[key] = self.build(value_node, (*keys, key), depth + 1)
+        return built
+
+    def _refuse_tag(self, node: yaml.Node, at: Place) -> None:
+        if node.tag and not node.tag.startswith("tag:yaml.org,2002:"):
+            raise invalid(at, f"YAML tag `{node.tag}` is not allowed", "remove the tag, or quote a value with `!`")
+        if node.tag and "python" in node.tag:
+            raise invalid(at, f"YAML tag `{node.tag}` is not allowed", "remove the tag")
+
+
+def _scalar(node: yaml.Node) -> str | None:
+    if not isinstance(node, yaml.ScalarNode):
+        raise TypeError(f"not a scalar node: {node!r}")
+    if node.style:  # `"`, `'`, `|` or `>`; empty when unquoted
+        return str(node.value)
+    if node.value in ("", "~", "null", "Null", "NULL"):
+        return None
+    return Plain(node.value)

@@ -1,0 +1,88 @@
+"""The report and the plan as full texts; untrusted text cannot act."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from examples import GOOD, changed
+
+from pipeline.facts import DataFacts, Facts
+from pipeline.loader import parse_experiment
+from pipeline.models import CATALOGUE
+from pipeline.plan import Plan, StageName, make_plan
+from pipeline.report import RunResult, defang, fence, money, quote, render_plan, render_report, size
+
+FACTS = Facts(shape=CATALOGUE["google/gemma-3-12b-it"], data=DataFacts(1000, 4_000_000))
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def plan() -> Plan:
+    return make_plan(parse_experiment(GOOD).experiment, FACTS)
+
+
+def manifest(stage: str, files: dict[str, int], **fields: Any) -> dict[str, Any]:
+    listed = [{"path": path, "bytes": count, "sha256": "0123456789abcdef" * 4} for path, count in files.items()]
+    common = {"stage": stage, "attempt": 1, "duration_s": 75.2, "measured": {"peak_memory_gib": 1.25}}
+    return {**common, "versions": {"python": "3.11.7", "torch": "2.13.0"}, "files": listed, **fields}
+
+
+def result() -> RunResult:
+    train = manifest(
+        "train",
+        {"adapter_model.safetensors": 904712},
+        metrics={"steps": 65, "rows": 260, "tokens_trained": 23704, "tokens_per_s": 601.0},
+        history=[{"step": i + 1, "loss": 6 - i * 0.5} for i in range(8)],
+        eval_history=[{"step": 4, "eval_loss": 4.4}, {"step": 8, "eval_loss": 3.1}],
+    )
+    evaluate = manifest(
+        "evaluate",
+        {},
+        metrics={
+            "before": {"loss": 4.0, "perplexity": 54.6},
+            "after": {"loss": 2.0, "perplexity": 7.39},
+            "loss_change_percent": -50.0,
+            "tokens": 1234,
+            "rows": 40,
+        },
+        samples=[{"prompt": "What does `len` do?", "before": "Return the length.", "after": "Aye, sailor!\n```\n@acme #1"}],
+    )
+    gguf = manifest("gguf", {"coach-Q8_0.gguf": 3_500_000, "coach-Q4_K_M.gguf": 2_100_000})
+    merge = manifest("merge", {"model.safetensors": 5_200_000, "README.md": 10})
+    stages = {"train": train, "merge": merge, "gguf": gguf, "evaluate": evaluate}
+    return RunResult(plan(), {StageName(name): made for name, made in stages.items()}, Path("runs/coach"))
+
+
+def test_report() -> None:
+    assert render_report(result()) == (GOLDEN / "report.md").read_text(encoding="utf-8")
+
+
+def test_plan() -> None:
+    assert render_plan(plan()) == (GOLDEN / "plan.md").read_text(encoding="utf-8")
+
+
+def test_a_report_of_what_there_is() -> None:
+    only = replace(result(), manifests={StageName.GGUF: result().manifests[StageName.GGUF]})
+    text = render_report(only)
+    assert "Stages done: gguf." in text
+    assert "Held-out" not in text
+    # The first of `gguf.quants` is the one the commands name.
+    assert "llama-server -m runs/coach/gguf/artifact/coach-Q4_K_M.gguf --port 8080" in text
+
+
+def test_hypothesis_and_samples_cannot_act() -> None:
+    hostile = changed("hypothesis: .*", 'hypothesis: "@acme fixes #12 <!-- x --> [a](b) `c`"')
+    text = render_plan(make_plan(parse_experiment(hostile).experiment, FACTS))
+    assert "<!--" not in text
+    assert "@acme" not in text
+    assert "#12" not in text
+
+
+def test_defang_fence_and_quote() -> None:
+    assert defang("a\x1b[31m") == "a\N{REPLACEMENT CHARACTER}\\[31m"
+    assert fence("x ```` y").startswith("`````text\n")
+    assert quote("one\ntwo") == "> one\n> two"
+
+
+def test_numbers_for_people() -> None:
+    assert [money(usd) for usd in (0.0, 0.0035, 0.5, 12)] == ["$0.00", "$0.0035", "$0.50", "$12.00"]
+    assert [size(count) for count in (10, 904712, 5.2e6, 24e9)] == ["10 B", "904.7 kB", "5.2 MB", "24.00 GB"]

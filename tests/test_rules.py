@@ -1,0 +1,79 @@
+"""Every rule: one experiment that passes, one that fails, with its place, message and hint."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from examples import GOOD, changed
+
+from pipeline.errors import Finding
+from pipeline.facts import Facts
+from pipeline.loader import parse_experiment
+from pipeline.models import CATALOGUE
+from pipeline.rules import ALL_RULES, Subject
+from pipeline.settings import Settings
+
+FACTS = Facts(shape=CATALOGUE["google/gemma-3-12b-it"])
+SETTINGS = Settings(namespaces=("acme",), max_usd_per_run=50)
+
+
+def finding_of(rule_id: str, text: str, facts: Facts = FACTS, shown: str = "experiments/coach.yaml") -> Finding | None:
+    file = replace(parse_experiment(text, shown), path=Path(shown))
+    rule = next(rule for rule in ALL_RULES if rule.id == rule_id)
+    return rule.run(Subject(file, facts, SETTINGS))
+
+
+BAD = [
+    ("EXP002", "name: coach", "name: coach-two", FACTS, "`name: coach-two` in a file called `coach`", "write `name: coach`"),
+    ("EXP003", ", revision: 96b6f1e", "", FACTS, "`google/gemma-3-12b-it` is not pinned", "add `revision: <commit>`"),
+    ("EXP003", "  revision: 5d2\n", "", FACTS, "`acme/coach` is not pinned", "under `data`"),
+    (
+        "EXP004",
+        "dataset: acme/coach",
+        "dataset: data/x.jsonl",
+        Facts(missing=("data/x.jsonl",)),
+        "`data/x.jsonl` is not in this repository",
+        "commit it",
+    ),
+    ("HUB001", "acme/coach-12b", "acne/coach-12b", FACTS, "namespace `acne` is not allowed", "write `repo: acme/coach-12b`"),
+    ("MEM001", "flavor: a10g-large", "flavor: a10-large", FACTS, "no flavor `a10-large`", "write `flavor: a10g-large`"),
+    ("MEM001", "flavor: cpu-upgrade", "flavor: cpu", FACTS, "there is no flavor `cpu`", "write `flavor: cpu-"),
+    ("MEM002", "max_length: 2048", "max_length: 16384", FACTS, "training may need", "write `flavor: "),
+    ("MEM002", "max_length: 2048", "max_length: 65536", FACTS, "training needs", "write `flavor: "),
+    ("TIM001", "max_usd: 10", "max_usd: 5", FACTS, "costs $6.09, the budget is $5.00", "write `timeout: 196m` under `train`"),
+    ("TIM002", "max_usd: 10", "max_usd: 100", FACTS, "$100.00 is above this repository's cap", "write `max_usd: 50`"),
+]
+
+
+@pytest.mark.parametrize(("rule", "pattern", "replacement", "facts", "message", "hint"), BAD)
+def test_bad(rule: str, pattern: str, replacement: str, facts: Facts, message: str, hint: str) -> None:
+    finding = finding_of(rule, changed(pattern, replacement), facts)
+    assert finding is not None
+    assert finding.rule == rule
+    assert message in finding.message
+    assert hint in finding.hint
+    assert finding.at.line > 0
+
+
+@pytest.mark.parametrize("rule", [rule.id for rule in ALL_RULES])
+def test_ok(rule: str) -> None:
+    assert finding_of(rule, GOOD) is None
+
+
+def test_every_rule_has_a_bad_case_and_a_page() -> None:
+    assert {row[0] for row in BAD} == {rule.id for rule in ALL_RULES}
+    for rule in ALL_RULES:
+        text = rule.check.__doc__ or ""
+        assert "Why:" in text, rule.id
+        assert "Fix:" in text, rule.id
+
+
+def test_the_timeout_of_the_budget_hint_is_accepted() -> None:
+    assert finding_of("TIM001", changed("max_usd: 10", "max_usd: 5", changed("timeout: 4h", "timeout: 196m"))) is None
+
+
+def test_the_flavor_of_the_memory_hint_is_accepted() -> None:
+    finding = finding_of("MEM002", changed("max_length: 2048", "max_length: 16384"))
+    assert finding is not None
+    flavor = finding.hint.split("`")[1].removeprefix("flavor: ")
+    assert finding_of("MEM002", changed("a10g-large", flavor, changed("max_length: 2048", "max_length: 16384"))) is None
