@@ -48,7 +48,9 @@ class RunFormat(StrEnum):
 
 @app.command()
 def check(
-    paths: Annotated[list[Path] | None, typer.Argument(help="Experiment files or folders.", show_default=False)] = None,
+    paths: Annotated[
+        list[Path] | None, typer.Argument(help="Experiment files or folders.", show_default=False, readable=False)
+    ] = None,
     format: Annotated[TextFormat, typer.Option(help="`github` prints annotations.")] = TextFormat.TEXT,
 ) -> None:
     """Check experiments against the schema and every rule; by default all of experiments/.
@@ -81,7 +83,7 @@ def check(
 
 @app.command()
 def plan(
-    path: Annotated[Path, typer.Argument(help="An experiment file.", show_default=False)],
+    path: Annotated[Path, typer.Argument(help="An experiment file.", show_default=False, readable=False)],
     format: Annotated[PlanFormat, typer.Option(help="`markdown` is what a pull request shows.")] = PlanFormat.TEXT,
 ) -> None:
     """Show what an experiment would run: stages, memory, duration and cost.
@@ -124,7 +126,7 @@ def init(
 
 @app.command()
 def run(
-    path: Annotated[Path, typer.Argument(help="An experiment file.", show_default=False)],
+    path: Annotated[Path, typer.Argument(help="An experiment file.", show_default=False, readable=False)],
     runs_dir: Annotated[
         Path | None, typer.Option(help="Where runs are kept; default: runs/ of this repository.")
     ] = None,
@@ -143,7 +145,11 @@ def run(
     from pipeline.report import render_report
 
     root, facts, made = _planned(path)
-    result = run_locally(open_run(made, facts, root, runs_dir or root / "runs"), make_display(sys.stderr))
+    try:
+        result = run_locally(open_run(made, facts, root, runs_dir or root / "runs"), make_display(sys.stderr))
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to continue", file=sys.stderr)
+        raise typer.Exit(130) from None
     if format is RunFormat.JSON:
         _print_json(result.as_dict())
     else:
@@ -181,9 +187,6 @@ def main() -> None:
         app(prog_name="mergetune")
     except UserError as error:
         _fail(error)
-    except KeyboardInterrupt:
-        print("\nstopped; run the same command again to continue", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)

@@ -13,7 +13,7 @@ BAND = 0.5  # The expected duration may be off by this part, each way.
 TFLOPS = {"T4": 65, "L4": 121, "A10G": 125, "L40S": 362, "A100": 312, "H200": 989, "RTX PRO 6000": 500}
 CPU_TFLOPS_PER_VCPU = 0.03
 UTILISATION = 0.25  # part of that rate a single-GPU LoRA run reaches; 4-bit weights are dequantised on the way
-STAGE_BYTES_PER_S = {"merge": 100e6, "gguf": 30e6, "evaluate": 30e6}  # of base weights in bf16, on 8 vCPUs
+STAGE_BYTES_PER_S = {"merge": 100e6, "gguf": 45e6, "evaluate": 30e6}  # of base weights in bf16, on 8 vCPUs
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class Tracking(StrEnum):
 class Section(BaseModel):
     """A mapping of the file: frozen, and strict about unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, use_attribute_docstrings=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, defer_build=True)
 
 
 class Base(Section):

@@ -69,10 +69,9 @@ def render_plan(plan: Plan) -> str:
             f"weights {memory.weights:.1f}, activations {memory.activations:.1f}, head {memory.head:.1f}, "
             f"adapter and optimizer {memory.adapter + memory.optimizer:.1f}, CUDA {memory.context:.1f}."
         )
-    bands = f"durations are within {train.cost.band:.0%} at best; prices as of {AS_OF}"
-    lines.append(
-        f"<sub>Estimates of a closed form: memory within 20%, {bands}. Fingerprint `{plan.fingerprint}`.</sub>"
-    )
+    memory_band = f"memory ±{train.memory.band:.0%}, " if train.memory else ""
+    bands = f"{memory_band}durations ±{train.cost.band:.0%}, prices of {AS_OF}"
+    lines.append(f"<sub>Estimates: {bands}. Fingerprint `{plan.fingerprint}`.</sub>")
     return "\n\n".join(lines) + "\n"
 
 

@@ -130,7 +130,9 @@ def test_sft_may_not_say_again_what_train_says() -> None:
 
 
 def test_every_fault_is_reported_in_the_order_of_the_file() -> None:
-    text = changed("method: qlora", "method: x", changed("max_usd: 10", "max_usd: no", changed("repo: .*}", "repo: x}")))
+    text = changed(
+        "method: qlora", "method: x", changed("max_usd: 10", "max_usd: no", changed("repo: .*}", "repo: x}"))
+    )
     assert [at.split(":")[0] for at, _, _ in faults(text)] == ["9", "19", "20"]
 
 

@@ -28,7 +28,9 @@ def test_more_of_anything_needs_more() -> None:
     assert total() < total(("max_length: 2048", "max_length: 4096"))
     assert total() < total(("r: 64", "r: 128"))
     assert total() < total(("method: qlora", "method: lora"))
-    assert total(("method: qlora", "method: lora")) < total(("method: qlora", "method: full"), ("  lora: .*\n", ""), ("^merge: .*\n", ""))
+    assert total(("method: qlora", "method: lora")) < total(
+        ("method: qlora", "method: full"), ("  lora: .*\n", ""), ("^merge: .*\n", "")
+    )
 
 
 def test_verdicts_use_the_whole_band() -> None:

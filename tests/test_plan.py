@@ -82,7 +82,7 @@ def test_stages_and_run_id() -> None:
     plan = make_plan(parse_experiment(GOOD).experiment, FACTS)
     assert [stage.name for stage in plan.stages] == list(StageName)
     assert plan.run_id == f"coach-{plan.fingerprint[:8]}"
-    assert [stage.script for stage in plan.stages][0] == "scripts/train_sft.py"
+    assert plan.stages[0].script == "scripts/train_sft.py"
     assert plan.stages[0].memory is not None
     assert plan.stages[0].cost.worst_usd == pytest.approx(6.0)
 

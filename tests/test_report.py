@@ -44,7 +44,9 @@ def result() -> RunResult:
             "tokens": 1234,
             "rows": 40,
         },
-        samples=[{"prompt": "What does `len` do?", "before": "Return the length.", "after": "Aye, sailor!\n```\n@acme #1"}],
+        samples=[
+            {"prompt": "What does `len` do?", "before": "Return the length.", "after": "Aye, sailor!\n```\n@acme #1"}
+        ],
     )
     gguf = manifest("gguf", {"coach-Q8_0.gguf": 3_500_000, "coach-Q4_K_M.gguf": 2_100_000})
     merge = manifest("merge", {"model.safetensors": 5_200_000, "README.md": 10})

@@ -24,7 +24,14 @@ def finding_of(rule_id: str, text: str, facts: Facts = FACTS, shown: str = "expe
 
 
 BAD = [
-    ("EXP002", "name: coach", "name: coach-two", FACTS, "`name: coach-two` in a file called `coach`", "write `name: coach`"),
+    (
+        "EXP002",
+        "name: coach",
+        "name: coach-two",
+        FACTS,
+        "`name: coach-two` in a file called `coach`",
+        "write `name: coach`",
+    ),
     ("EXP003", ", revision: 96b6f1e", "", FACTS, "`google/gemma-3-12b-it` is not pinned", "add `revision: <commit>`"),
     ("EXP003", "  revision: 5d2\n", "", FACTS, "`acme/coach` is not pinned", "under `data`"),
     (
@@ -35,12 +42,26 @@ BAD = [
         "`data/x.jsonl` is not in this repository",
         "commit it",
     ),
-    ("HUB001", "acme/coach-12b", "acne/coach-12b", FACTS, "namespace `acne` is not allowed", "write `repo: acme/coach-12b`"),
+    (
+        "HUB001",
+        "acme/coach-12b",
+        "acne/coach-12b",
+        FACTS,
+        "namespace `acne` is not allowed",
+        "write `repo: acme/coach-12b`",
+    ),
     ("MEM001", "flavor: a10g-large", "flavor: a10-large", FACTS, "no flavor `a10-large`", "write `flavor: a10g-large`"),
     ("MEM001", "flavor: cpu-upgrade", "flavor: cpu", FACTS, "there is no flavor `cpu`", "write `flavor: cpu-"),
     ("MEM002", "max_length: 2048", "max_length: 16384", FACTS, "training may need", "write `flavor: "),
     ("MEM002", "max_length: 2048", "max_length: 65536", FACTS, "training needs", "write `flavor: "),
-    ("TIM001", "max_usd: 10", "max_usd: 5", FACTS, "costs $6.09, the budget is $5.00", "write `timeout: 196m` under `train`"),
+    (
+        "TIM001",
+        "max_usd: 10",
+        "max_usd: 5",
+        FACTS,
+        "costs $6.09, the budget is $5.00",
+        "write `timeout: 196m` under `train`",
+    ),
     ("TIM002", "max_usd: 10", "max_usd: 100", FACTS, "$100.00 is above this repository's cap", "write `max_usd: 50`"),
 ]
 

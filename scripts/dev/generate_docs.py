@@ -1,4 +1,4 @@
-"""Write every generated file, or with `--check` say which ones are stale: schema, experiment, rule and command pages.
+"""Write every generated file, or with `--check` say which ones are stale: schema, reference pages, shown commands.
 
 python scripts/dev/generate_docs.py
 python scripts/dev/generate_docs.py --check
@@ -8,6 +8,8 @@ import argparse
 import inspect
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -56,11 +58,19 @@ def commands_page() -> str:
     """Every verb's `--help`, as printed."""
     parts = [NOTE, "# Commands"]
     for verb in VERBS:
-        parts += [f"## mergetune {verb}", f"```text\n{_help(verb)}\n```"]
+        parts += [f"## mergetune {verb}", f"```text\n{_printed([verb, '--help'])}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
+def readme() -> str:
+    """README.md with every `$ mergetune …` it shows run again."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.compile(r"(?m)^(```console\n\$ mergetune (.*)\n)(?:.*\n)*?```$")
+    return block.sub(lambda match: f"{match[1]}{_printed(shlex.split(match[2]))}\n```", text)
+
+
 GENERATED = {
+    "README.md": readme,
     "experiments/_schema.json": schema_json,
     "docs/experiment.md": experiment_page,
     "docs/rules.md": rules_page,
@@ -129,11 +139,12 @@ def _rule(rule: Rule) -> str:
     return f"### {rule.id}: {title}\n\n{rest.strip()}".replace("\nFix:", "\n\n**Fix:**").replace("Why:", "**Why:**")
 
 
-def _help(verb: str) -> str:
-    command = [sys.executable, "-m", "pipeline", verb, "--help"]
+def _printed(arguments: list[str]) -> str:
+    """What a command prints, errors first, as a reader of a narrow plain terminal sees it."""
+    command = [sys.executable, "-m", "pipeline", *arguments]
     environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
-    shown = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
-    return "\n".join(line.rstrip() for line in shown.stdout.strip().splitlines())
+    shown = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    return "\n".join(line.rstrip() for line in (shown.stderr + shown.stdout).strip().splitlines())
 
 
 if __name__ == "__main__":

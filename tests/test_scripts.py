@@ -1,0 +1,117 @@
+"""What every job script has in common: header, usage, shared functions, and how it refuses a wrong request."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+STAGES = {"train_sft": "train", "merge_adapter": "merge", "convert_gguf": "gguf", "evaluate": "evaluate"}
+each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+
+
+def header(script: Path) -> dict[str, object]:
+    """The PEP 723 metadata of a script."""
+    match = re.search(r"(?m)^# /// script\n((?:#(?: .*)?\n)+?)# ///$", script.read_text(encoding="utf-8"))
+    assert match, script.name
+    return tomllib.loads("".join(line.removeprefix("#").removeprefix(" ") for line in match[1].splitlines(True)))
+
+
+def shared_blocks(script: Path) -> dict[str, str]:
+    """Name to text of every `# --- shared: NAME. … ---` block."""
+    text = script.read_text(encoding="utf-8")
+    found = re.finditer(r"(?ms)^# --- shared: ([a-z ]+?)\.? .*?^# --- end shared: \1 ---$", text)
+    return {match[1].strip(): match[0] for match in found}
+
+
+def call(script: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_scripts_are_the_stages() -> None:
+    assert {script.stem for script in SCRIPTS} == set(STAGES)
+
+
+@each_script
+def test_pins_are_exact_and_the_ones_installed_here(script: Path) -> None:
+    locked = dict(
+        line.split("==") for line in (ROOT / "requirements/train.txt").read_text().splitlines() if "==" in line
+    )
+    meta = header(script)
+    assert meta["requires-python"] == ">=3.11"
+    assert meta["tool"]["uv"]["exclude-newer"]
+    for dependency in meta["dependencies"]:
+        assert re.fullmatch(r"[a-z0-9_-]+==[0-9][\w.]*", dependency), dependency
+        name, version = dependency.lower().split("==")
+        assert (
+            locked[name.replace("_", "-")] == version if name.replace("_", "-") in locked else locked[name] == version
+        )
+
+
+@each_script
+def test_what_a_script_imports_stands_in_its_header(script: Path) -> None:
+    names = {"yaml": "pyyaml", "PIL": "pillow", "google": "protobuf", "skbuild_core": "scikit-build-core"}
+    declared = {dependency.split("==")[0].replace("-", "_") for dependency in header(script)["dependencies"]}
+    imported = set()
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            imported.add(node.module.split(".")[0])
+    # llama_cpp comes with the pinned llama.cpp source, gguf with its converter; neither is installed.
+    outside = imported - set(sys.stdlib_module_names) - {"llama_cpp", "gguf"}
+    assert {names.get(name, name).replace("-", "_") for name in outside} <= declared
+
+
+def test_shared_blocks_are_the_same_lines_everywhere() -> None:
+    texts: dict[str, set[str]] = {}
+    for script in SCRIPTS:
+        blocks = shared_blocks(script)
+        assert "protocol" in blocks, script.name
+        for name, text in blocks.items():
+            texts.setdefault(name, set()).add(text)
+    assert {name: len(versions) for name, versions in texts.items()} == dict.fromkeys(texts, 1)
+
+
+def test_training_and_evaluation_prepare_rows_with_the_same_lines() -> None:
+    train, evaluate = (shared_blocks(ROOT / f"scripts/{name}.py") for name in ("train_sft", "evaluate"))
+    assert set(train) == set(evaluate)
+    assert len(train) >= 2
+
+
+@each_script
+def test_help_shows_how_to_run_it(script: Path) -> None:
+    done = call(script, "--help")
+    assert done.returncode == 0
+    assert f"python scripts/{script.name}" in done.stdout
+
+
+@each_script
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot read"),
+        ("{", "is not JSON"),
+        ("[]", "is not a run.json of schema 1"),
+        ('{"schema": 2}', "is not a run.json of schema 1"),
+        ('{"schema": 1, "stage": "other"}', "is for stage `other`, this script is"),
+    ],
+)
+def test_a_request_that_is_none(script: Path, content: str | None, said: str, tmp_path: Path) -> None:
+    request = tmp_path / "run.json"
+    if content is not None:
+        request.write_text(content)
+    done = call(script, str(request))
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert "\n\nhint: " in done.stderr
+    assert "Traceback" not in done.stderr
+    events = [json.loads(line.removeprefix("MERGETUNE ")) for line in done.stdout.splitlines()]
+    assert [event["event"] for event in events] == ["error"]
