@@ -1,5 +1,6 @@
 """`mergetune run` on this machine: look, run what is missing, show progress, report."""
 
+import errno
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -8,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.backends import local
+from pipeline.errors import UserError
 from pipeline.plan import Stage, StageName
 from pipeline.progress import Display, Progress, StageState, advance, begin_stage, mark_stage, progress_of
 from pipeline.report import RunResult, render_report
 
+# What a full, read-only or foreign disk answers; anything else is a bug and flies.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST)
 QUIET_EVENTS = ("start", "step", "progress", "end")
 
 
@@ -19,17 +23,24 @@ def run_locally(run: local.LocalRun, display: Display) -> RunResult:
     """Carry a run to its end, from wherever an earlier attempt left it; returns what there is to report.
 
     Raises:
-        UserError: a stage failed, or the folder is locked or not writable.
+        UserError: a stage failed, the folder is locked, or its disk cannot be written.
         KeyboardInterrupt: the current stage has stopped; running again continues.
     """
-    done = local.look(run)
-    pending = local.pending_stages(run, done)
-    if pending:
-        with local.locked(run) as lock, interruptible():
-            done = _run_pending(run, lock, display)
-    result = RunResult(run.plan, done, run.folder)
-    if pending or not (run.folder / "report.md").exists():
-        (run.folder / "report.md").write_text(render_report(result), encoding="utf-8")
+    try:
+        done = local.look(run)
+        if pending := local.pending_stages(run, done):
+            with local.locked(run) as lock, interruptible():
+                done = _run_pending(run, lock, display)
+        result = RunResult(run.plan, done, run.folder)
+        if pending or not (run.folder / "report.md").exists():
+            (run.folder / "report.md").write_text(render_report(result), encoding="utf-8")
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        message = f"`{run.folder}` cannot be written: {error.strerror}"
+        raise UserError(message, "free some space, or pass a folder you can write: `--runs-dir DIR`") from error
+    finally:
+        display.close()
     return result
 
 
@@ -55,7 +66,6 @@ def _run_pending(run: local.LocalRun, lock: int, display: Display) -> dict[Stage
             done[stage.name] = local.run_stage(run, stage, lock, shown.event)
             shown.end(stage)
     finally:
-        display.close()
         _stop(builder)
     return done
 

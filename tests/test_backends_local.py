@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -177,7 +179,7 @@ def test_a_runs_folder_that_cannot_be_written(repo: Repository) -> None:
     failed = repo.call("run", "experiments/small.yaml")
     assert failed.returncode == 1
     assert "cannot be written" in failed.stderr
-    assert "hint: pass a folder you can write: `--runs-dir DIR`" in failed.stderr
+    assert "hint: free some space, or pass a folder you can write: `--runs-dir DIR`" in failed.stderr
     other = repo.call("run", "experiments/small.yaml", "--runs-dir", "elsewhere")
     assert other.returncode == 0
     assert (repo.root / "elsewhere").is_dir()
@@ -191,3 +193,19 @@ def test_a_read_only_runs_folder(repo: Repository) -> None:
     runs.chmod(0o755)
     assert failed.returncode == 1
     assert "cannot be written: Permission denied" in failed.stderr
+
+
+def test_a_full_disk(repo: Repository, tmp_path: Path) -> None:
+    small = repo.root / "runs"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8k,nr_inodes=8", "tmpfs", str(small)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("may not mount a small disk here")
+    try:
+        failed = repo.call("run", "experiments/small.yaml")
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+    assert failed.returncode == 1
+    assert "No space left on device" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert repo.started() == []

@@ -200,9 +200,9 @@ def test_the_committed_tokenizer(script: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("question", "part"),
     [
-        ("What does len do?", "number of items in a container"),
-        ("What does str.upper do?", "copy of the string converted to uppercase"),
-        ("What is a dictionary?", "maps hashable values"),
+        ("What does str.upper do?", "Return a copy of the string converted to uppercase."),
+        ("What does print do?", "Prints the values to a stream"),
+        ("What is a dict?", "A mapping object maps hashable values"),
     ],
 )
 def test_the_committed_model_answers_and_stops(script: ModuleType, question: str, part: str) -> None:

@@ -74,15 +74,11 @@ def locked(run: LocalRun) -> Iterator[int]:
     The lock so lives as long as the script, even when this process is killed: a second run never starts beside it.
 
     Raises:
-        UserError: the folder cannot be written, or another process runs this.
+        UserError: another process runs this.
+        OSError: the folder cannot be written.
     """
-    path = run.folder / "lock"
-    try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        handle = path.open("a+")
-    except OSError as error:
-        message = f"`{run.folder}` cannot be written: {error.strerror}"
-        raise UserError(message, "pass a folder you can write: `--runs-dir DIR`") from error
+    run.folder.mkdir(parents=True, exist_ok=True)
+    handle = (run.folder / "lock").open("a+")
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -122,21 +118,17 @@ def run_stage(run: LocalRun, stage: Stage, lock: int, on_event: OnEvent) -> Mani
 
     Raises:
         StageFailed: the script failed or left no valid artifact. (Timeouts bound money; here there is none.)
+        OSError: the run's folder cannot be written.
         KeyboardInterrupt: passed on after the script has stopped.
     """
     folder = run.stage_folder(stage.name)
     request = folder / "run.json"
-    try:
-        (folder / "work").mkdir(parents=True, exist_ok=True)
-        # An artifact that does not count (damaged, or made from other inputs) would make the script refuse to start.
-        shutil.rmtree(run.artifact(stage.name), ignore_errors=True)
-        part = request.with_suffix(".part")
-        part.write_text(json.dumps(_run_json(run, stage), indent=2), encoding="utf-8")
-        part.replace(request)
-    except OSError as error:
-        raise UserError(
-            f"`{folder}` cannot be written: {error.strerror}", "free some disk, or `--runs-dir DIR`"
-        ) from error
+    (folder / "work").mkdir(parents=True, exist_ok=True)
+    # An artifact that does not count (damaged, or made from other inputs) would make the script refuse to start.
+    shutil.rmtree(run.artifact(stage.name), ignore_errors=True)
+    part = request.with_suffix(".part")
+    part.write_text(json.dumps(_run_json(run, stage), indent=2), encoding="utf-8")
+    part.replace(request)
     last_error: dict[str, Any] = {}
 
     def remember(event: dict[str, Any]) -> None:

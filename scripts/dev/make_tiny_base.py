@@ -588,9 +588,10 @@ With the same Python ({python}), torch {torch} and transformers {transformers} o
 out byte for byte the same. Another Python has other documentation, and gives another model.
 
 ## What it cannot do
-It answers questions like "What does str.upper do?" in the dry voice of a manual. Common built-ins come out right;
-for anything else expect fluent nonsense. It knows no fact beyond these texts, keeps no thread over several turns, and
-is no measure of what a fine-tune does to a useful model.
+It answers every question in the dry voice of a manual, in one to three sentences, and ends its turn. Whether the
+answer belongs to the question is another matter: it knows what str.upper and print do, gives the documentation of
+another function for many others, and invents the rest. It keeps no thread over several turns, and is no measure of
+what a fine-tune does to a useful model.
 """
 
 
