@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -119,10 +120,11 @@ def test_phrasings_repeat_with_the_seed(script: ModuleType) -> None:
 def test_the_same_seed_makes_the_same_files(tmp_path: Path) -> None:
     from safetensors import safe_open
 
-    for name in ("one", "two"):
-        done = run("--out", tmp_path / name, "--tokens", 4608, "--seed", 7)
-        assert done.returncode == 0, done.stderr
-        assert "step 3/3  loss " in done.stdout
+    with ThreadPoolExecutor(2) as pool:
+        folders = [tmp_path / "one", tmp_path / "two"]
+        for done in pool.map(lambda folder: run("--out", folder, "--tokens", 4608, "--seed", 7), folders):
+            assert done.returncode == 0, done.stderr
+            assert "step 3/3  loss " in done.stdout
     files = contents(tmp_path / "one")
     assert files == contents(tmp_path / "two")
     assert set(files) == FILES

@@ -372,6 +372,9 @@ def train_pieces(entries: list[Entry], documents: list[str]) -> bytes:
     answers = [prose(entry.text) for entry in entries for _ in range(2)]
     lines = [line for text in documents for line in text.splitlines() if line.strip()]
     made = io.BytesIO()
+    # An exception out of the iterator comes back as a RuntimeError: a Ctrl-C waits these seconds and is raised then.
+    waiting: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: waiting.append(number))
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines + questions + answers + ["system", "user", "assistant"]),
         model_writer=made,
@@ -396,6 +399,9 @@ def train_pieces(entries: list[Entry], documents: list[str]) -> bytes:
         num_threads=1,
         minloglevel=2,
     )
+    signal.signal(signal.SIGINT, handler)
+    if waiting:
+        raise KeyboardInterrupt
     return made.getvalue()
 
 
