@@ -1,0 +1,1187 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "accelerate==1.15.0",
+#   "bitsandbytes==0.50.2",
+#   "datasets==5.2.0",
+#   "huggingface_hub==2.4.0",
+#   "jinja2==3.1.6",
+#   "peft==0.21.2",
+#   "pyarrow==26.0.1",
+#   "torch==2.13.0",
+#   "transformers==5.23.0",
+#   "trl==1.16.0",
+# ]
+#
+# [tool.uv]
+# exclude-newer = "2026-11-22T00:00:00Z"
+# ///
+"""Fine-tune one base on one data set: QLoRA, LoRA or full, on one GPU or on the CPU.
+
+    python scripts/train_sft.py runs/quickstart/train/run.json
+
+The argument is a resolved `run.json` (stage `train`); its `device` says `cuda` or `cpu`, and the CPU runs the same code
+path as the GPU. The order below is the order of the work: check everything that is cheap to check, turn rows into
+tokens and labels, load the base, train, check the result, write it, write `manifest.json` last.
+
+Killed runs go on from the last complete checkpoint in `work/checkpoints`. Exit codes: 0 done, 1 training failed (not a
+number, or nothing learned) or a bug, 2 the caller's input, 130 interrupted.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+import platform
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+# `train.sft` passes to SFTConfig, but for what an experiment field of its own says …
+FIELD_OF = {
+    "num_train_epochs": "train.epochs",
+    "max_steps": "train.max_steps",
+    "max_length": "train.max_length",
+    "per_device_train_batch_size": "train.batch_size",
+    "gradient_accumulation_steps": "train.gradient_accumulation",
+    "learning_rate": "train.learning_rate",
+    "completion_only_loss": "train.loss_on",
+    "assistant_only_loss": "train.loss_on",
+    "packing": "train.packing",
+    "seed": "train.seed",
+    "data_seed": "train.seed",
+    "save_steps": "train.save_steps",
+    "report_to": "train.tracking",
+    "hub_model_id": "output.repo",
+}
+# … and what the script decides.
+OWNED = """
+output_dir run_name project use_cpu bf16 fp16 trust_remote_code remove_unused_columns label_names ignore_data_skip
+train_sampling_strategy push_to_hub hub_strategy hub_token hub_private_repo hub_always_push hub_revision
+trackio_space_id trackio_static_space_id save_strategy save_total_limit save_only_model resume_from_checkpoint
+load_best_model_at_end eval_strategy eval_steps do_eval per_device_eval_batch_size eval_packing disable_tqdm
+logging_strategy logging_steps logging_nan_inf_filter dataset_kwargs dataset_text_field chat_template_path eos_token
+pad_token
+"""
+OWNED_LOADING = ("dtype", "torch_dtype", "quantization_config", "device_map", "revision", "trust_remote_code")
+# A CPU run (a rehearsal) leaves these out with a warning, instead of failing on them.
+GPU_ONLY = ("tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode", "activation_offloading")
+GPU_ONLY += ("use_liger_kernel", "liger_kernel_config", "fsdp", "fsdp_config", "deepspeed")
+GPU_ONLY_LOADING = ("attn_implementation", "use_kernels")
+BASE_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+# Second copies of the weights in Mistral's and Meta's repos: as large as the base, and never read.
+BASE_IGNORED = ("consolidated*", "original/*")
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken")
+TOKENIZER_FILES += ("tekken.json", "*.jinja", "chat_template.json", "generation_config.json", "*processor_config.json")
+# Where LoRA also finds linear layers, and text never passes: parameters and memory without a gradient.
+NOT_TEXT = r".*(vision|visual|image|audio|multi_modal_projector|mm_projector|connector).*"
+GRACE_S = 20  # a step may take this long after SIGTERM; the Hub kills 30 s after it asks
+
+
+# --- shared: protocol. The same lines stand in every job script; tests/test_scripts.py compares them. ---
+SCHEMA = 1
+EVENT_PREFIX = "MERGETUNE "
+
+
+class InputError(Exception):
+    """Something the caller can fix. Printed as `error:` and `hint:`; the script exits with code 2."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+def emit(event: str, **fields: object) -> None:
+    """Print one progress event: `MERGETUNE {json}` on a line of stdout. NaN and infinities become strings."""
+    record = {"event": event, "time": round(time.time(), 3), **fields}
+    safe = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    print(EVENT_PREFIX + json.dumps(safe, allow_nan=False), flush=True)
+
+
+def load_run(path: str, stage: str) -> dict:
+    """Read the resolved `run.json` of one stage.
+
+    Raises:
+        InputError: not readable, not JSON, another schema version, or the run of another stage.
+    """
+    try:
+        run = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read `{path}`: {error.strerror}", "pass the path of a run.json") from error
+    except ValueError as error:
+        raise InputError(f"`{path}` is not JSON: {error}", "pass the run.json that mergetune wrote") from error
+    if not isinstance(run, dict) or run.get("schema") != SCHEMA:
+        raise InputError(f"`{path}` is not a run.json of schema {SCHEMA}", "write it with this version of mergetune")
+    if run.get("stage") != stage:
+        raise InputError(f"`{path}` is for stage `{run.get('stage')}`, this script is `{stage}`", "pass the other one")
+    return run
+
+
+def fetch(source: dict) -> Path:
+    """The local folder or file of an input: `{"path": …}` as it is, `{"repo": …, "revision": …}` from the Hub."""
+    if "path" in source:
+        return Path(source["path"])
+    from huggingface_hub import snapshot_download
+
+    emit("phase", name="download", detail=source["repo"])
+    return Path(snapshot_download(source["repo"], revision=source["revision"], repo_type=source.get("type", "model")))
+
+
+def fresh_output(run: dict) -> Path:
+    """The empty folder to write the artifact into. What a killed attempt left there has no manifest and goes."""
+    output = Path(run["output"]["path"])
+    if (output / "manifest.json").exists():
+        raise InputError(f"`{output}` already holds a finished artifact", "remove that folder to make it again")
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    return output
+
+
+def require_disk(folder: Path, needed_bytes: int) -> None:
+    """Raise InputError when `folder`'s disk has less than `needed_bytes` free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        message = (
+            f"`{folder}` has {free / 1e9:.1f} GB of free disk, this stage writes about {needed_bytes / 1e9:.1f} GB"
+        )
+        raise InputError(message, "free some space, or use `--runs-dir` with a folder on a larger disk")
+
+
+def file_entry(folder: Path, path: Path) -> dict:
+    """`{path, bytes, sha256}` of one artifact file, its path relative to `folder`."""
+    with path.open("rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    return {"path": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": digest}
+
+
+def write_manifest(run: dict, started: float, **fields: object) -> None:
+    """Write `manifest.json`, the last file of an artifact: a folder without it is not one."""
+    folder = Path(run["output"]["path"])
+    files = [file_entry(folder, p) for p in sorted(folder.rglob("*")) if p.is_file()]
+    finished = time.time()
+    manifest = {
+        "schema": SCHEMA,
+        "run_id": run["run_id"],
+        "fingerprint": run["fingerprint"],
+        "experiment": run["experiment"]["name"],
+        "stage": run["stage"],
+        "attempt": run["attempt"],
+        "started_at": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+        "finished_at": datetime.fromtimestamp(finished, UTC).isoformat(timespec="seconds"),
+        "duration_s": round(finished - started, 3),
+        "inputs": run["inputs"],
+        "predicted": run.get("predicted", {}),
+        "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        **fields,
+        "files": files,
+    }
+    part = folder / "manifest.json.part"
+    with part.open("w", encoding="utf-8") as handle:
+        json.dump(manifest, handle, indent=2, allow_nan=False)
+        handle.flush()
+        os.fsync(handle.fileno())
+    part.rename(folder / "manifest.json")
+
+
+def versions(*packages: str) -> dict:
+    """Installed versions by distribution name, with Python's own."""
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+
+
+def guarded(main: Callable[[], None]) -> int:
+    """Run `main`; map its end to an exit code: 0 done, 2 the caller's input, 130 interrupted. Bugs fly."""
+    # SIGINT too: a shell starts background jobs with it ignored, and Python then leaves it so.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        main()
+    except InputError as error:
+        emit("error", message=error.message, hint=error.hint)
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"\nhint: {error.hint}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        emit("interrupted")
+        return 130
+    return 0
+
+
+# --- end shared: protocol ---
+
+
+# --- shared: data rows. The same lines stand in train_sft.py and evaluate.py; a test compares them. ---
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "observation": "tool"}
+FORMATS = "`messages`, `prompt` + `completion`, `conversations` (from/value) or `text`"
+IGNORED = -100  # a label that the loss leaves out
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One checked data row. `prompt` and `completion` are both text, or both lists of messages."""
+
+    where: str  # `data.jsonl:17`, for messages to the caller
+    format: str
+    prompt: Any
+    completion: Any
+    tools: list | None = None
+
+    @property
+    def is_chat(self) -> bool:
+        return isinstance(self.completion, list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One sequence to train on or to score: token ids, and labels that are `IGNORED` where there is no loss."""
+
+    where: str
+    ids: list[int]
+    labels: list[int]
+
+    def trained(self) -> int:
+        """Tokens in the loss. The first token of a sequence is never predicted."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+    def cut(self, max_length: int | None) -> "Example":
+        return Example(self.where, self.ids[:max_length], self.labels[:max_length])
+
+
+def read_raw(source: dict, split: str) -> Iterator[tuple[str, Any]]:
+    """Pairs of a row's name and its value, from a .jsonl or .parquet file or one split of a Hub dataset."""
+    if "repo" in source:
+        from datasets import load_dataset
+
+        emit("phase", name="download", detail=source["repo"])
+        try:
+            data = load_dataset(source["repo"], source.get("subset"), revision=source["revision"], split=split)
+        except ValueError as error:  # an unknown split or subset; the message lists the ones that exist
+            raise InputError(f"`{source['repo']}`: {error}", "correct `data.split` or `data.subset`") from error
+        yield from ((f"{source['repo']} {split} row {number}", row) for number, row in enumerate(data, 1))
+    elif (path := Path(source["path"])).suffix == ".jsonl":
+        yield from read_jsonl(path)
+    elif path.suffix == ".parquet":
+        yield from read_parquet(path)
+    else:
+        raise InputError(f"`{path.name}` is neither .jsonl nor .parquet", "convert it to JSON lines, one row per line")
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    """Rows of a JSON lines file; blank lines are skipped, and line numbers still count them."""
+    try:
+        handle = path.open("rb")
+    except OSError as error:
+        raise InputError(f"cannot read `{path}`: {error.strerror}", "check the path of the data file") from error
+    with handle:
+        for number, line in enumerate(handle, 1):
+            if not line.strip():
+                continue
+            where = f"{path.name}:{number}"
+            try:
+                yield where, json.loads(line.decode("utf-8-sig"))
+            except ValueError as error:
+                raise InputError(f"{where}: not JSON: {error}", "write one JSON object per line, in UTF-8") from error
+
+
+def read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    """Rows of a Parquet file, counted from 1."""
+    from pyarrow import ArrowInvalid, parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+    except (OSError, ArrowInvalid) as error:
+        raise InputError(f"cannot read `{path}`: {error}", "check that the file is complete Parquet") from error
+    rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+    yield from ((f"{path.name} row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def load_rows(source: dict, split: str) -> list[Row]:
+    """Every row, checked.
+
+    Raises:
+        InputError: an empty source, a row that cannot be used, or rows of different formats; names the row.
+    """
+    rows: list[Row] = []
+    for where, raw in read_raw(source, split):
+        row = clean_row(where, raw)
+        if rows and (row.format, row.is_chat) != (rows[0].format, rows[0].is_chat):
+            message = f"{where}: this row is {describe(row)}, {rows[0].where} is {describe(rows[0])}"
+            raise InputError(message, "use one format for the whole file")
+        rows.append(row)
+    if not rows:
+        name = source.get("repo") or Path(source["path"]).name
+        raise InputError(f"`{name}` holds no rows", f"write at least one row of {FORMATS}")
+    return rows
+
+
+def describe(row: Row) -> str:
+    """The format of a row in words."""
+    return f"`{row.format}` of {'messages' if row.is_chat else 'plain text'}"
+
+
+def clean_row(where: str, raw: Any) -> Row:
+    """A `Row` of the first format that the keys of `raw` name."""
+    if not isinstance(raw, dict):
+        raise InputError(f"{where}: a row is a JSON object, this is {kind_of(raw)}", f"write {FORMATS}")
+    keys = {key for key, value in raw.items() if value is not None}
+    if "messages" in keys:
+        return Row(where, "messages", [], clean_messages(where, raw["messages"], "messages"), clean_tools(where, raw))
+    if {"prompt", "completion"} <= keys:
+        return clean_pair(where, raw)
+    if "conversations" in keys:
+        turns = raw["conversations"]
+        if isinstance(turns, list):
+            turns = [from_value(turn) for turn in turns]
+        messages = clean_messages(where, turns, "conversations")
+        return Row(where, "conversations", [], messages, clean_tools(where, raw))
+    if "text" in keys:
+        return Row(where, "text", "", clean_text(where, raw["text"], "text"))
+    found = ", ".join(f"`{key}`" for key in raw) or "nothing"
+    raise InputError(f"{where}: no messages: the row has {found}", f"write {FORMATS}")
+
+
+def clean_pair(where: str, raw: dict) -> Row:
+    """A `prompt`/`completion` row, plain or conversational."""
+    prompt, completion = raw["prompt"], raw["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        prompt, completion = clean_text(where, prompt, "prompt"), clean_text(where, completion, "completion")
+        return Row(where, "prompt/completion", prompt, completion)
+    if not (isinstance(prompt, list) and isinstance(completion, list)):
+        message = f"{where}: `prompt` is {kind_of(prompt)} and `completion` is {kind_of(completion)}"
+        raise InputError(message, "make both text, or both lists of messages")
+    prompt = clean_messages(where, prompt, "prompt", answered=False)
+    return Row(
+        where, "prompt/completion", prompt, clean_messages(where, completion, "completion"), clean_tools(where, raw)
+    )
+
+
+def clean_messages(where: str, value: Any, name: str, answered: bool = True) -> list[dict]:
+    """Checked messages; with `answered`, at least one of them is the assistant's."""
+    if not isinstance(value, list):
+        raise InputError(f"{where}: `{name}` is {kind_of(value)}", "write a list of {role, content}")
+    if not value:
+        raise InputError(f"{where}: `{name}` is empty", "remove the row, or write its messages")
+    messages = [clean_message(where, message, f"{name}[{index}]") for index, message in enumerate(value)]
+    if answered and not any(message["role"] == "assistant" for message in messages):
+        raise InputError(f"{where}: no assistant turn in `{name}`", "remove the row, or add the answer to learn")
+    return messages
+
+
+def clean_message(where: str, message: Any, name: str) -> dict:
+    """One message without its null fields (Parquet and the Hub fill them in), its content as text."""
+    if not isinstance(message, dict):
+        raise InputError(f"{where}: `{name}` is {kind_of(message)}", "write an object with role and content")
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise InputError(f"{where}: `{name}` has the role `{role}`", f"use one of {', '.join(ROLES)}")
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(str(part.get("text") or "") for part in content)
+    if content in (None, "") and role == "assistant" and message.get("tool_calls"):
+        content = ""  # a turn that only calls tools says nothing, rightly
+    else:
+        content = clean_text(where, content, f"{name}.content")
+    return {key: value for key, value in message.items() if value is not None} | {"content": content}
+
+
+def from_value(turn: Any) -> Any:
+    """A `{from, value}` turn as `{role, content}`; anything else unchanged, for the checks to name."""
+    if not isinstance(turn, dict) or "from" not in turn:
+        return turn
+    return {"role": SPEAKERS.get(str(turn["from"]), turn["from"]), "content": turn.get("value")}
+
+
+def clean_text(where: str, value: Any, name: str) -> str:
+    """`value` when it is text with something in it."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise InputError(f"{where}: `{name}` is empty", "remove the row, or write the text")
+    if not isinstance(value, str):
+        raise InputError(f"{where}: `{name}` is {kind_of(value)}", "write text")
+    return value
+
+
+def clean_tools(where: str, raw: dict) -> list | None:
+    """The tool descriptions of a row: a list, or the same list as JSON text."""
+    tools = raw.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise InputError(f"{where}: `tools` is not JSON: {error}", "write a list of tool descriptions") from error
+    if tools is not None and not isinstance(tools, list):
+        raise InputError(f"{where}: `tools` is {kind_of(tools)}", "write a list of tool descriptions")
+    return tools or None
+
+
+def kind_of(value: Any) -> str:
+    """The JSON name of a value's type."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def check_loss_on(row: Row, loss_on: str) -> None:
+    """Refuse a loss on turns or completions for a row that has neither."""
+    if row.format == "text" and loss_on != "all":
+        message = f"{row.where}: a `text` row has no turns, so `loss_on: {loss_on}` cannot be honoured"
+        raise InputError(message, "use `loss_on: all`, or write `prompt` + `completion` or `messages` rows")
+
+
+def split_rows(run: dict) -> tuple[list[Row], list[Row]]:
+    """Training rows and held-out rows. Whole rows are held out, so no turn of a held-out row is trained on."""
+    data, inputs = run["experiment"]["data"], run["inputs"]
+    held_out = data.get("eval") or {}
+    rows = load_rows(inputs["data"], data.get("split") or "train")
+    if "eval_data" in inputs:
+        return rows, load_rows(inputs["eval_data"], data.get("split") or "train")
+    if held_out.get("split"):
+        if "path" in inputs["data"]:
+            message = f"`data.eval.split: {held_out['split']}`, but `{Path(inputs['data']['path']).name}` is one file"
+            raise InputError(message, "use `data.eval.fraction`, or a second file as `data.eval.dataset`")
+        return rows, load_rows(inputs["data"], held_out["split"])
+    if not held_out.get("fraction"):
+        return rows, []
+    order = list(range(len(rows)))
+    random.Random(run["experiment"]["train"]["seed"]).shuffle(order)
+    count = max(1, round(len(rows) * held_out["fraction"]))
+    if count >= len(rows):
+        message = f"`data.eval.fraction: {held_out['fraction']}` of {len(rows)} rows leaves nothing to train on"
+        raise InputError(message, "use more rows, or set `data.eval` to null")
+    chosen = set(order[:count])
+    return [r for i, r in enumerate(rows) if i not in chosen], [r for i, r in enumerate(rows) if i in chosen]
+
+
+def marked_template(tokenizer: Any) -> str | None:
+    """A chat template whose generation markers give the assistant mask and its end marker, or None if TRL has none."""
+    from trl.chat_template_utils import get_training_chat_template, is_chat_template_stop_token_trained
+
+    try:
+        template = get_training_chat_template(tokenizer) or tokenizer.get_chat_template()
+    except ValueError:  # not a template that TRL knows by its exact text: Llama 3.1, Mistral, …
+        return None
+    return template if is_chat_template_stop_token_trained(tokenizer, template) else None
+
+
+def encode(row: Row, tokenizer: Any, loss_on: str, marked: str | None) -> list[Example]:
+    """The sequences of one row, labelled as `loss_on` says. Several only where a chat template rewrites history.
+
+    Raises:
+        InputError: the chat template refuses the row.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return encode_chat(row, tokenizer, loss_on, marked) if row.is_chat else [encode_text(row, tokenizer, loss_on)]
+    except TemplateError as error:
+        message = f"{row.where}: the base's chat template refuses this row: {error}"
+        raise InputError(message, "change the order or the roles of its turns, or remove the row") from error
+
+
+def encode_text(row: Row, tokenizer: Any, loss_on: str) -> Example:
+    """Plain text, with the end marker that teaches the model to stop."""
+    end = tokenizer.eos_token or ""
+    text = row.prompt + (row.completion if row.completion.endswith(end) else row.completion + end)
+    ids = list(tokenizer(text)["input_ids"])
+    start = 0 if loss_on == "all" else common_prefix(list(tokenizer(row.prompt)["input_ids"]), ids)
+    return label(row, ids, [(start, len(ids))])
+
+
+def encode_chat(row: Row, tokenizer: Any, loss_on: str, marked: str | None) -> list[Example]:
+    """A conversation: all of it, its completion, or every assistant turn."""
+
+    def render(messages: list[dict], **options: Any) -> Any:
+        options = {"tools": row.tools, "tokenize": True, "return_dict": True, **options}
+        return tokenizer.apply_chat_template(messages, **options)
+
+    def ids_of(messages: list[dict], **options: Any) -> list[int]:
+        return list(render(messages, **options)["input_ids"]) if messages else []
+
+    messages = row.prompt + row.completion
+    if loss_on == "all":
+        ids = ids_of(messages)
+        return [label(row, ids, [(0, len(ids))])]
+    if loss_on == "completion" and row.prompt:
+        ids = ids_of(messages)
+        return [label(row, ids, [(common_prefix(ids_of(row.prompt, add_generation_prompt=True), ids), len(ids))])]
+    if loss_on == "assistant" and marked:
+        done = render(messages, chat_template=marked, return_assistant_tokens_mask=True)
+        kept = zip(done["input_ids"], done["assistant_masks"], strict=True)
+        return [Example(row.where, list(done["input_ids"]), [i if mask else IGNORED for i, mask in kept])]
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    return encode_turns(row, ids_of, messages, turns if loss_on == "assistant" else turns[-1:])
+
+
+def encode_turns(row: Row, ids_of: Callable, messages: list[dict], turns: list[int]) -> list[Example]:
+    """Labels on the given assistant turns: what each adds to the prompt before it.
+
+    Where every prompt is a beginning of the whole conversation, one sequence holds all turns: the same loss as one
+    sequence per turn, without paying for the history again and again. A template that rewrites history (Qwen 3 drops
+    earlier thoughts) gets one sequence per turn.
+    """
+    pairs = [(ids_of(messages[:turn], add_generation_prompt=True), ids_of(messages[: turn + 1])) for turn in turns]
+    whole = pairs[-1][1]
+    if all(whole[: len(upto)] == upto and upto[: len(prompt)] == prompt for prompt, upto in pairs):
+        return [label(row, whole, [(len(prompt), len(upto)) for prompt, upto in pairs])]
+    return [label(row, upto, [(common_prefix(prompt, upto), len(upto))]) for prompt, upto in pairs]
+
+
+def common_prefix(left: list[int], right: list[int]) -> int:
+    """How many tokens two sequences share at their start."""
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+
+
+def label(row: Row, ids: list[int], spans: list[tuple[int, int]]) -> Example:
+    """`ids` with labels on the spans alone."""
+    labels = [IGNORED] * len(ids)
+    for start, end in spans:
+        labels[start:end] = ids[start:end]
+    return Example(row.where, ids, labels)
+
+
+def encode_rows(rows: list[Row], tokenizer: Any, loss_on: str) -> list[Example]:
+    """All sequences of all rows, uncut."""
+    marked = marked_template(tokenizer) if loss_on == "assistant" and rows[0].is_chat else None
+    examples: list[Example] = []
+    shown = time.monotonic()
+    for done, row in enumerate(rows, 1):
+        examples += encode(row, tokenizer, loss_on, marked)
+        if done == len(rows) or time.monotonic() - shown > 0.5:
+            shown = time.monotonic()
+            emit("progress", done=done, total=len(rows), unit="rows tokenized")
+    return examples
+
+
+# --- end shared: data rows ---
+
+
+class TrainingFailed(Exception):
+    """The training went wrong, by no bug and no malformed input. Exit code 1."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.message, self.hint = message, hint
+
+
+def main() -> None:
+    """Check what is cheap to check, then train."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="path of a run.json of stage `train`")
+    run, started = load_run(parser.parse_args().run, "train"), time.time()
+    emit("start", stage="train", run_id=run["run_id"])
+    os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # 3 % lost to fragmentation, not 11 %
+    base = fetch_base(run["inputs"]["base"])
+    check_base(base)
+    emit("phase", name="read data")
+    train_rows, eval_rows = split_rows(run)
+    check_rows(run, base, train_rows + eval_rows[:1])
+    fresh_output(run)
+    try:
+        train(run, base, train_rows, eval_rows, started)
+    except TrainingFailed as error:
+        emit("error", message=error.message, hint=error.hint)
+        print(f"error: {error.message}\n\nhint: {error.hint}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def train(run: dict, base: Path, train_rows: list[Row], eval_rows: list[Row], started: float) -> None:
+    """Everything that needs the heavy libraries, in order. The manifest comes last."""
+    emit("phase", name="import libraries")
+    settings = sft_config(run, has_eval=bool(eval_rows))
+    emit("phase", name="tokenize")
+    tokenizer = load_tokenizer(base)
+    train_set, counts = tokenize(run, tokenizer, train_rows)
+    eval_set, _ = tokenize(run, tokenizer, eval_rows) if eval_rows else (None, {})
+    emit("phase", name="load base", detail=run["experiment"]["base"]["model"])
+    trainer, reporter = make_trainer(run, base, settings, tokenizer, train_set, eval_set)
+    emit("phase", name="train", detail=f"{reporter.total} steps")
+    run_training(run, trainer, reporter)
+    emit("phase", name="save")
+    check_weights(trainer.model)
+    save(run, trainer.model, base)
+    metrics = collect_metrics(trainer, reporter) | {"rows": len(train_rows), "eval_rows": len(eval_rows), **counts}
+    write_card(run, metrics)
+    log = trainer.state.log_history
+    write_manifest(
+        run,
+        started,
+        inputs=hashed_inputs(run),
+        metrics=metrics,
+        history=history(log, "loss", lr="learning_rate", grad_norm="grad_norm"),
+        eval_history=history(log, "eval_loss"),
+        measured={"peak_memory_gib": reporter.memory_gib(), "duration_s": round(time.time() - started, 1)},
+        resumed_from_step=reporter.first_step,
+        seed=settings.seed,
+        versions=versions("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets"),
+    )
+    shutil.rmtree(checkpoints(run), ignore_errors=True)
+    headline = {key: metrics[key] for key in ("steps", "train_loss", "eval_loss", "tokens_per_s")}
+    emit("end", stage="train", duration_s=round(time.time() - started, 1), **headline)
+
+
+# Before anything heavy is imported: is the base whole, do the rows suit it?
+
+
+def fetch_base(source: dict) -> Path:
+    """The folder of the base; from the Hub at its revision, without second copies of the weights."""
+    if "path" in source:
+        return Path(source["path"])
+    from huggingface_hub import snapshot_download
+
+    emit("phase", name="download", detail=source["repo"])
+    patterns = {"allow_patterns": BASE_FILES, "ignore_patterns": BASE_IGNORED}
+    return Path(snapshot_download(source["repo"], revision=source["revision"], **patterns))
+
+
+def check_base(base: Path) -> None:
+    """Raise InputError for a base that cannot be trained: incomplete, pickled, or quantised already."""
+    config = read_json(base / "config.json")
+    if not config:
+        raise InputError(f"the base `{base}` has no readable config.json", "give a Transformers model repo or folder")
+    if "quantization_config" in config:
+        raise InputError(f"the base `{base}` is quantised already", "give its bfloat16 original; `qlora` quantises it")
+    shards = sorted(base.glob("*.safetensors"))
+    if not shards:
+        pickles = [p.name for p in sorted(base.iterdir()) if p.suffix in (".bin", ".pt", ".pth")]
+        found = f"only pickled weights (`{pickles[0]}`)" if pickles else "no weights"
+        raise InputError(f"the base `{base}` has {found}", "give a base with .safetensors files")
+    for name in sorted(set(read_json(base / "model.safetensors.index.json").get("weight_map", {}).values())):
+        if not (base / name).is_file():
+            raise InputError(f"the base `{base}` lacks the shard `{name}` of its index", "download the base again")
+    for shard in shards:
+        check_shard(shard)
+    if not any((base / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")):
+        raise InputError(f"the base `{base}` has no tokenizer", "give a base with tokenizer.json")
+
+
+def check_shard(path: Path) -> None:
+    """Raise InputError when a safetensors file is not as long as its own header says."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            header = json.loads(handle.read(length if length < size else 0))
+        expected = 8 + length + max(x["data_offsets"][1] for name, x in header.items() if name != "__metadata__")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"`{path}` has no readable safetensors header", "download that file again") from None
+    if size != expected:
+        raise InputError(f"`{path}` is truncated: {size} of {expected} bytes", "download that file again")
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file; empty when there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def check_rows(run: dict, base: Path, rows: list[Row]) -> None:
+    """Raise InputError where rows, loss and base do not fit together. All training rows have one format."""
+    templates = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+    has_template = any((base / name).exists() for name in templates)
+    has_template = has_template or bool(read_json(base / "tokenizer_config.json").get("chat_template"))
+    for row in (rows[0], rows[-1]):
+        check_loss_on(row, run["experiment"]["train"]["loss_on"])
+        if row.is_chat and not has_template:
+            message = f"{row.where} is a conversation, and the base `{base}` has no chat template"
+            raise InputError(
+                message, "use the instruction-tuned base, or write `text` or plain `prompt` + `completion`"
+            )
+
+
+# Settings
+
+
+def sft_config(run: dict, has_eval: bool) -> Any:
+    """The trainer's settings: ours, then the experiment's `train.sft`.
+
+    Raises:
+        InputError: a device that is not there, or a `train.sft` key that is unknown, not free or badly set.
+    """
+    import torch
+    from trl import SFTConfig
+
+    settings, cpu = run["experiment"]["train"], run["device"] == "cpu"
+    if not (cpu or torch.cuda.is_available()):
+        raise InputError("`device: cuda`, but torch sees no GPU", "choose a GPU flavor, or check its driver")
+    if settings["tracking"] == "trackio" and not util.find_spec("trackio"):
+        raise InputError("`train.tracking: trackio`, but trackio is not installed", "pip install trackio")
+    check_keys(settings["sft"], [field.name for field in dataclasses.fields(SFTConfig)])
+    sft, loading = dict(settings["sft"]), dict(settings["sft"].get("model_init_kwargs") or {})
+    for options, gpu_only in ((sft, GPU_ONLY), (loading, GPU_ONLY_LOADING)):
+        for key in [key for key in gpu_only if cpu and key in options]:
+            emit("warning", message=f"`{key}: {options.pop(key)}` needs a GPU: left out on the CPU")
+    # One device, whole: with "auto" a model that does not fit would move to the CPU in silence, and train for days.
+    loading |= {"dtype": "bfloat16"} | ({} if cpu else {"device_map": {"": 0}})
+    try:
+        return SFTConfig(**{**our_settings(run, cpu, has_eval), **sft, "model_init_kwargs": loading})
+    except (ValueError, TypeError) as error:
+        raise InputError(f"`train.sft`: {error}", "correct that value") from error
+
+
+def check_keys(sft: dict, known: list[str]) -> None:
+    """Raise InputError for a key of `train.sft` that is taken or unknown."""
+    for key in sft:
+        if key in FIELD_OF:
+            raise InputError(f"`train.sft.{key}` is not free", f"use `{FIELD_OF[key]}`")
+        if key in OWNED.split():
+            raise InputError(f"`train.sft.{key}` is set by the training script", f"remove `{key}`")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean `{near[0]}`?" if near else "see the fields of TRL's SFTConfig"
+            raise InputError(f"`train.sft.{key}` is not a field of SFTConfig", hint)
+    for key in sft.get("model_init_kwargs") or {}:
+        if key in OWNED_LOADING:
+            raise InputError(f"`train.sft.model_init_kwargs.{key}` is set by the training script", f"remove `{key}`")
+
+
+def our_settings(run: dict, cpu: bool, has_eval: bool) -> dict:
+    """What the experiment's own fields mean to SFTConfig. The rest keeps TRL's defaults (gradient checkpointing on)."""
+    settings = run["experiment"]["train"]
+    return {
+        "output_dir": str(checkpoints(run)),
+        "run_name": run["run_id"],
+        "project": run["experiment"]["name"],
+        "use_cpu": cpu,
+        "seed": settings["seed"],
+        "data_seed": settings["seed"],
+        "num_train_epochs": settings["epochs"],
+        "max_steps": settings["max_steps"] or -1,
+        "per_device_train_batch_size": settings["batch_size"],
+        "gradient_accumulation_steps": settings["gradient_accumulation"],
+        "learning_rate": settings["learning_rate"],
+        # 8-bit Adam on the CPU too: a rehearsal runs the code that the GPU will run.
+        "optim": "adamw_8bit" if settings["method"] == "qlora" else "adamw_torch_fused",
+        "packing": settings["packing"],
+        "max_length": settings["max_length"] if settings["packing"] else None,  # `tokenize` has cut the rows
+        "eval_packing": False,
+        "eval_strategy": "steps" if has_eval else "no",
+        "per_device_eval_batch_size": 1 if settings["packing"] else settings["batch_size"],
+        "save_strategy": "steps",
+        "save_steps": settings["save_steps"],
+        "save_total_limit": 2,
+        "logging_nan_inf_filter": False,  # the filter logs a loss of 0 where the loss is not a number
+        "disable_tqdm": True,
+        "report_to": settings["tracking"],
+        "trackio_static_space_id": False,  # otherwise a public Space, made with the caller's token
+    }
+
+
+def lora_config(settings: dict, base: Path) -> Any:
+    """PEFT's names for the LoRA choices of the experiment."""
+    from peft import LoraConfig
+
+    lora = settings["lora"]
+    if "lm_head" in lora["targets"]:
+        raise InputError("`train.lora.targets` names `lm_head`, which TRL cannot train", "remove it")
+    has_vision = "vision_config" in read_json(base / "config.json")
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora["r"],
+        lora_alpha=lora["alpha"],
+        lora_dropout=lora["dropout"],
+        target_modules=lora["targets"],
+        exclude_modules=lora["exclude"] or (NOT_TEXT if has_vision else None),
+        use_rslora=lora["rslora"],
+        use_dora=lora["dora"],
+        modules_to_save=lora["modules_to_save"] or None,
+        rank_pattern=lora["rank_pattern"],
+        alpha_pattern=lora["alpha_pattern"],
+    )
+
+
+# Rows to tokens
+
+
+def load_tokenizer(base: Path) -> Any:
+    """The base's tokenizer. Not its processor, even for a vision-language base: the rows are text."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = tokenizer.chat_template or read_json(base / "chat_template.json").get("chat_template")
+    return tokenizer
+
+
+def tokenize(run: dict, tokenizer: Any, rows: list[Row]) -> tuple[Any, dict]:
+    """A data set of `input_ids` and `labels`, no longer than `max_length`, and what was counted on the way.
+
+    Raises:
+        InputError: no row has a trained token within `max_length`.
+    """
+    from datasets import Dataset
+
+    settings = run["experiment"]["train"]
+    examples = encode_rows(rows, tokenizer, settings["loss_on"])
+    splits = settings["packing"] and settings["sft"].get("packing_strategy", "bfd") != "bfd"
+    limit = None if splits else settings["max_length"]  # the other packing strategies go on in the next pack
+    kept = [short for short in (example.cut(limit) for example in examples) if short.trained()]
+    longest = max(len(example.ids) for example in examples)
+    if len(kept) < len(examples):
+        warn_dropped([example for example in examples if not example.cut(limit).trained()], limit, bool(kept))
+    dropped = len(examples) - len(kept)
+    truncated = sum(len(example.ids) > (limit or longest) for example in examples) - dropped
+    if truncated:
+        message = f"{truncated} of {len(examples)} rows are longer than `max_length: {limit}` and are cut"
+        emit("warning", message=f"{message}; the longest has {longest} tokens")
+    columns = {"input_ids": [example.ids for example in kept], "labels": [example.labels for example in kept]}
+    counts = {
+        "examples": len(kept),
+        "longest_row_tokens": longest,
+        "truncated_rows": truncated,
+        "dropped_rows": dropped,
+    }
+    return Dataset.from_dict(columns), counts
+
+
+def warn_dropped(dropped: list[Example], limit: int | None, anything_left: bool) -> None:
+    """Say which rows have nothing left to learn once they are cut; raise InputError if that is all of them."""
+    prompts = [next((i for i, x in enumerate(e.labels) if x != IGNORED), len(e.labels)) for e in dropped]
+    reason = f"the prompt fills `max_length: {limit}` (the longest prompt has {max(prompts)} tokens)"
+    if not anything_left:
+        enough = max(len(example.ids) for example in dropped)
+        raise InputError(f"every row would be dropped: {reason}", f"use `max_length: {enough}`, or shorten the prompts")
+    names = ", ".join(example.where for example in dropped[:5])
+    emit("warning", message=f"{len(dropped)} rows are dropped, {reason}: {names}")
+
+
+# Training
+
+
+def make_trainer(
+    run: dict, base: Path, settings: Any, tokenizer: Any, train_set: Any, eval_set: Any
+) -> tuple[Any, "Reporter"]:
+    """The trainer with the base loaded and its adapter added, and the reporter that listens to it."""
+    import torch
+    from peft.utils.error import NoMatchingPeftModuleError
+    from transformers import BitsAndBytesConfig, PrinterCallback, TrainerCallback
+    from trl import SFTTrainer
+
+    chosen = run["experiment"]["train"]
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    try:
+        trainer = type("Trainer", (TrainerChanges, SFTTrainer), {})(
+            model=str(base),
+            args=settings,
+            train_dataset=train_set,
+            eval_dataset=eval_set,
+            processing_class=tokenizer,
+            quantization_config=BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=torch.bfloat16)
+            if chosen["method"] == "qlora"
+            else None,
+            peft_config=lora_config(chosen, base) if chosen["method"] != "full" else None,
+        )
+    except NoMatchingPeftModuleError as error:
+        raise InputError(
+            f"`train.lora.targets`: {error}", "use `targets: all-linear`, or names of this base"
+        ) from error
+    for module in trainer.model.modules():
+        # bitsandbytes repacks a CPU weight when it is first evaluated, and from then on passes no gradient through it.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    reporter = type("Reporter", (Reporter, TrainerCallback), {})(run, trainer)
+    trainer.add_callback(reporter)
+    trainer.remove_callback(PrinterCallback)  # its lines would repeat ours
+    return trainer, reporter
+
+
+class TrainerChanges:
+    """What differs from SFTTrainer: the order of the rows, an evaluation loss per token, and token counts."""
+
+    tokens_seen: Any = 0
+    tokens_trained: Any = 0
+    trained_per_eval_row: float = 0.0
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> "LongestFirst":
+        lengths = [len(ids) for ids in (train_dataset or self.train_dataset)["input_ids"]]
+        batch = self.args.per_device_train_batch_size
+        return LongestFirst(lengths, batch, batch * self.args.gradient_accumulation_steps, self.args.seed)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        before = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        super()._load_from_checkpoint(*args, **kwargs)
+        for name, parameter in self.model.named_parameters():
+            parameter.data = parameter.data.to(before[name])  # PEFT loads float32, QLoRA was training bfloat16
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict:
+        trained = [sum(x != IGNORED for x in labels[1:]) for labels in self.eval_dataset["labels"]]
+        self.trained_per_eval_row = sum(trained) / len(trained)
+        return super().evaluate(*args, **kwargs)
+
+    def compute_loss(
+        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if model.training:
+            mask = inputs.get("attention_mask")
+            self.tokens_seen += inputs["input_ids"].numel() if mask is None else mask.sum()
+            self.tokens_trained += (inputs["labels"][:, 1:] != IGNORED).sum()
+        else:
+            # Trainer averages over rows. Divided by the mean tokens of a row, that is the average over tokens.
+            num_items_in_batch = len(inputs["labels"]) * self.trained_per_eval_row
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+class LongestFirst:
+    """Row order: shuffled by seed and epoch, but the longest micro-batches open the first two steps of the run.
+
+    An out-of-memory error then costs a minute instead of hours. Two steps, because the optimizer allocates its state
+    at the end of the first.
+    """
+
+    def __init__(self, lengths: list[int], batch: int, per_step: int, seed: int) -> None:
+        self.lengths, self.batch, self.per_step, self.seed, self.epoch = lengths, batch, per_step, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(range(len(self.lengths)))
+        random.Random(f"{self.seed} {self.epoch}").shuffle(order)
+        if self.epoch == 0:
+            longest = sorted(order, key=lambda row: -self.lengths[row])[: 2 * self.batch]
+            rest = [row for row in order if row not in longest]
+            filler = self.per_step - self.batch
+            order = longest[: self.batch] + rest[:filler] + longest[self.batch :] + rest[filler:]
+        return iter(order)
+
+
+class Reporter:
+    """A TrainerCallback: events, intervals, the end of a broken training, marked checkpoints, orderly interrupts."""
+
+    def __init__(self, run: dict, trainer: Any) -> None:
+        self.run, self.trainer, args = run, trainer, trainer.args
+        epoch = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
+        self.total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
+        args.logging_steps = math.ceil(self.total / 200)
+        # Evaluate at most about ten times, but at least once an epoch: each time costs as much as training on a third
+        # of the held-out rows.
+        args.eval_steps = min(epoch, args.save_steps * math.ceil(self.total / args.save_steps / 10))
+        self.first_step, self.interrupted = 0, False
+        self.busy_s = self.busy_tokens = 0.0  # training alone, in this attempt
+        self.logged_s = self.logged_tokens = self.step_s = self.step_tokens = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.step_s, self.step_tokens = time.monotonic(), float(self.trainer.tokens_seen)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.busy_tokens += float(self.trainer.tokens_seen) - self.step_tokens
+        self.busy_s += time.monotonic() - self.step_s
+        control.should_log = control.should_log or state.global_step >= self.total
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict, **_: Any) -> None:
+        seen = {key: float(logs[key]) for key in ("loss", "grad_norm", "learning_rate", "eval_loss") if key in logs}
+        for key in ("loss", "grad_norm", "eval_loss"):
+            if not math.isfinite(seen.get(key, 0.0)):
+                self.fail(f"`{key}` is {seen[key]} at step {state.global_step}", seen.get("learning_rate"))
+        if "eval_loss" in seen:
+            emit("eval", step=state.global_step, eval_loss=round(seen["eval_loss"], 6))
+        elif "loss" in seen:
+            speed = (self.busy_tokens - self.logged_tokens) / max(self.busy_s - self.logged_s, 1e-9)
+            self.logged_s, self.logged_tokens = self.busy_s, self.busy_tokens
+            numbers = {"epoch": round(state.epoch, 4), "loss": round(seen["loss"], 6), "lr": seen["learning_rate"]}
+            numbers |= {"grad_norm": round(seen["grad_norm"], 6), "tokens_per_s": round(speed, 1)}
+            emit("step", step=state.global_step, total=self.total, **numbers, memory_gib=self.memory_gib())
+
+    def fail(self, message: str, rate: float | None) -> None:
+        """End the run: every further step would be paid for nothing."""
+        chosen = self.run["experiment"]["train"]["learning_rate"]
+        hint = f"use `train.learning_rate: {chosen / 10:.0e}`, or check the base's weights and the data"
+        raise TrainingFailed(f"{message}, with a learning rate of {chosen if rate is None else rate:.3g}", hint)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        mark_complete(self.run, checkpoints(self.run) / f"checkpoint-{state.global_step}", self.trainer)
+
+    def memory_gib(self) -> float:
+        """Peak so far: what torch allocated on the GPU, or the process's resident set on the CPU."""
+        import torch
+
+        if self.run["device"] == "cuda":
+            return round(torch.cuda.max_memory_allocated() / 2**30, 3)
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
+
+
+def run_training(run: dict, trainer: Any, reporter: Any) -> None:
+    """Train from the start or from the last complete checkpoint.
+
+    SIGTERM and SIGINT end it with a checkpoint after the current step, or without one after `GRACE_S` seconds.
+    """
+
+    def interrupt(*_: object) -> None:
+        if reporter.interrupted:
+            raise KeyboardInterrupt
+        reporter.interrupted = True
+        signal.alarm(GRACE_S)
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
+    try:
+        resume(last_checkpoint(run), trainer, reporter)
+    finally:
+        signal.alarm(0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if reporter.interrupted:
+        raise KeyboardInterrupt
+
+
+def resume(checkpoint: Path | None, trainer: Any, reporter: Any) -> None:
+    """Train on from a checkpoint, or from the start without one."""
+    from transformers import TrainerState
+
+    if checkpoint is None:
+        trainer.train()
+        return
+    mark = read_json(checkpoint / "complete.json")
+    reporter.first_step = mark["step"]
+    trainer.tokens_seen, trainer.tokens_trained = mark["tokens_seen"], mark["tokens_trained"]
+    emit("phase", name="resume", detail=f"step {reporter.first_step}")
+    if reporter.first_step < reporter.total:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    else:  # killed after the last step and before the manifest: `train` would add a step
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+
+def checkpoints(run: dict) -> Path:
+    """Where checkpoints live until the manifest is written."""
+    return Path(run["work"]) / "checkpoints"
+
+
+def mark_complete(run: dict, folder: Path, trainer: Any) -> None:
+    """Write the sizes of a checkpoint's files beside them, last: without this mark it is half a checkpoint."""
+    files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+    mark = {"fingerprint": run["fingerprint"], "step": trainer.state.global_step, "files": files}
+    mark |= {"tokens_seen": int(trainer.tokens_seen), "tokens_trained": int(trainer.tokens_trained)}
+    part = folder / "complete.json.part"
+    part.write_text(json.dumps(mark), encoding="utf-8")
+    part.rename(folder / "complete.json")
+
+
+def last_checkpoint(run: dict) -> Path | None:
+    """The latest complete checkpoint of this run. Others are removed: they would count in the limit of two."""
+    folders = sorted(checkpoints(run).glob("checkpoint-*"), key=lambda p: -int(p.name.partition("-")[2]))
+    for folder in folders:
+        mark = read_json(folder / "complete.json")
+        sizes = mark.get("files", {})
+        whole = all((folder / name).is_file() and (folder / name).stat().st_size == n for name, n in sizes.items())
+        if sizes and whole and mark["fingerprint"] == run["fingerprint"]:
+            return folder
+        shutil.rmtree(folder)
+        emit("warning", message=f"`{folder.name}` is incomplete or of another run: removed")
+    return None
+
+
+# Result
+
+
+def check_weights(model: Any) -> None:
+    """Raise TrainingFailed unless the trained weights are finite and have moved."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in trained.items():
+        if not parameter.isfinite().all():
+            raise TrainingFailed(f"the trained weight `{name}` is not finite", "use a lower `train.learning_rate`")
+    second = [p for name, p in trained.items() if "lora_B" in name]  # zero until the first update
+    if second and not any(p.any() for p in second):
+        hint = "train for more steps than the warm-up, with a `train.learning_rate` above 0"
+        raise TrainingFailed("the adapter is what it was before training: no weight has moved", hint)
+
+
+def save(run: dict, model: Any, base: Path) -> None:
+    """The adapter, or the whole model with the base's tokenizer files byte for byte. Safetensors only, no pickles."""
+    output = Path(run["output"]["path"])
+    if run["experiment"]["train"]["method"] == "full":
+        model.save_pretrained(output)
+        for path in sorted({p for pattern in TOKENIZER_FILES for p in base.glob(pattern) if p.is_file()}):
+            shutil.copyfile(path, output / path.name)
+    else:
+        config = model.peft_config["default"]
+        config.base_model_name_or_path = run["experiment"]["base"]["model"]
+        config.revision = run["experiment"]["base"]["revision"]
+        model.save_pretrained(output, save_embedding_layers=False)
+
+
+def collect_metrics(trainer: Any, reporter: Any) -> dict:
+    """The manifest's metrics; the training loss is the mean over all steps, those of earlier attempts too."""
+    losses = history(trainer.state.log_history, "loss")
+    steps = [0, *(entry["step"] for entry in losses)]
+    summed = sum(e["loss"] * (e["step"] - before) for e, before in zip(losses, steps, strict=False))
+    evals = history(trainer.state.log_history, "eval_loss")
+    sizes = [(p.numel(), p.requires_grad) for p in trainer.model.parameters()]
+    trainable, total = sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+    if hasattr(trainer.model, "get_nb_trainable_parameters"):  # knows that a 4-bit byte holds two parameters
+        trainable, total = trainer.model.get_nb_trainable_parameters()
+    return {
+        "train_loss": round(summed / steps[-1], 6),
+        "eval_loss": round(evals[-1]["eval_loss"], 6) if evals else None,
+        "steps": trainer.state.global_step,
+        "tokens_seen": int(trainer.tokens_seen),
+        "tokens_trained": int(trainer.tokens_trained),
+        "tokens_per_s": round(reporter.busy_tokens / reporter.busy_s, 1) if reporter.busy_s else None,
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+    }
+
+
+def history(log: list[dict], name: str, **more: str) -> list[dict]:
+    """The entries of the trainer's log that hold `name`, as numbers; `more` are other fields under a shorter name."""
+    fields = {name: name, **more}
+    picked = [entry for entry in log if name in entry]
+    return [{"step": e["step"], **{k: float(e[logged]) for k, logged in fields.items()}} for e in picked]
+
+
+def hashed_inputs(run: dict) -> dict:
+    """The run's inputs, with the SHA-256 of data that came as a file."""
+    inputs = {name: dict(source) for name, source in run["inputs"].items()}
+    for source in inputs.values():
+        if (path := Path(source.get("path", "."))).is_file():
+            source["sha256"] = file_entry(path.parent, path)["sha256"]
+    return inputs
+
+
+def write_card(run: dict, metrics: dict) -> None:
+    """README.md: the model card, with the relation to the base that the Hub's model tree reads."""
+    experiment, output = run["experiment"], Path(run["output"]["path"])
+    chosen, base, data = experiment["train"], experiment["base"], experiment["data"]
+    full = chosen["method"] == "full"
+    front = ["library_name: " + ("transformers" if full else "peft"), "pipeline_tag: text-generation"]
+    if "/" in base["model"] and not Path(base["model"]).exists():
+        front += [f"base_model: {base['model']}", f"base_model_relation: {'finetune' if full else 'adapter'}"]
+    if "repo" in run["inputs"]["data"]:
+        front += ["datasets:", f"- {data['dataset']}"]
+    facts = {
+        "base": f"{base['model']} at {base['revision']}",
+        "data": f"{data['dataset']} at {data['revision']}: {metrics['rows']} rows, loss on {chosen['loss_on']}",
+        "method": chosen["method"]
+        + (f", r {chosen['lora']['r']}, alpha {chosen['lora']['alpha']}" if not full else ""),
+        "steps": f"{metrics['steps']} of {chosen['batch_size']} x {chosen['gradient_accumulation']} rows",
+        "learning rate": chosen["learning_rate"],
+        "training loss": metrics["train_loss"],
+        "validation loss": metrics["eval_loss"],
+        "run": f"{run['run_id']}, attempt {run['attempt']}, seed {chosen['seed']}",
+        "made with": ", ".join(" ".join(item) for item in versions("trl", "transformers", "peft", "torch").items()),
+    }
+    table = "".join(f"| {name} | {str(value).replace('|', '/')} |\n" for name, value in facts.items())
+    text = "---\n" + "\n".join([*front, "tags:", "- mergetune", "- sft", f"- {chosen['method']}"]) + "\n---\n"
+    text += f"# {experiment['name']}\n\n{experiment['hypothesis'].strip()}\n\n| | |\n|---|---|\n{table}"
+    (output / "README.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    raise SystemExit(guarded(main))
