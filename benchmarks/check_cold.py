@@ -50,7 +50,7 @@ def main() -> None:
     cpu = {name: statistics.median(run[0] for run in runs) for name, runs in seen.items()}
     wall = {name: statistics.median(run[1] for run in runs) for name, runs in seen.items()}
     bare, model, _ = cpu.values()
-    print(f"| command | CPU s | wall s | ratio to bare | ratio to one model |\n|---|--:|--:|--:|--:|")
+    print("| command | CPU s | wall s | ratio to bare | ratio to one model |\n|---|--:|--:|--:|--:|")
     for name in COMMANDS:
         print(f"| {name} | {cpu[name]:.3f} | {wall[name]:.3f} | {cpu[name] / bare:.2f} | {cpu[name] / model:.2f} |")
 

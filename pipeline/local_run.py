@@ -47,7 +47,7 @@ def run_locally(run: local.LocalRun, display: Display) -> RunResult:
 @contextmanager
 def interruptible() -> Iterator[None]:
     """SIGTERM ends a run as tidily as Ctrl-C does."""
-    previous = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:

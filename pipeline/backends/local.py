@@ -295,7 +295,10 @@ def _run_json(run: LocalRun, stage: Stage) -> dict[str, Any]:
 def _environment(run: LocalRun) -> dict[str, str]:
     offline = is_path(run.plan.experiment.base.model) and is_path(run.plan.experiment.data.dataset)
     quiet = {"PYTHONUNBUFFERED": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return {**os.environ, **quiet, **({"HF_HUB_OFFLINE": "1"} if offline else {})}
+    # Threads that wait must sleep: spinning ones take the cores they wait for as soon as anything else runs, such as
+    # the build of llama.cpp beside training (measured on 2 busy cores: 34 s against 11 s for the same steps).
+    patient = {"OMP_WAIT_POLICY": "PASSIVE"}
+    return {**patient, **os.environ, **quiet, **({"HF_HUB_OFFLINE": "1"} if offline else {})}
 
 
 def _follow(run: LocalRun, stage: Stage, request: Path, log: Path, lock: int, on_event: OnEvent) -> int:
