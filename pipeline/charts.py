@@ -1,9 +1,10 @@
-"""Numbers as small pictures in text. Draws sparklines; posts nothing."""
+"""Numbers as small pictures in text: sparklines and bars. Posts nothing."""
 
 import math
 from collections.abc import Sequence
 
 BARS = "▁▂▃▄▅▆▇█"
+BAR_WIDTH = 60
 
 
 def sparkline(values: Sequence[float], width: int = 40) -> str:
@@ -15,6 +16,12 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
     finite = [mean for mean in means if math.isfinite(mean)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
     return "".join(_bar(mean, low, high) for mean in means)
+
+
+def bar(done: int, total: int, width: int = BAR_WIDTH) -> str:
+    """`━━━━───`: the part of `total` that is done, in `width` characters."""
+    filled = width * min(max(done, 0), total) // total if total > 0 else 0
+    return "━" * filled + "─" * (width - filled)
 
 
 def _share(values: Sequence[float], index: int, width: int) -> Sequence[float]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Protocol, TextIO
 
-from pipeline.charts import sparkline
+from pipeline.charts import BAR_WIDTH, bar, sparkline
 from pipeline.plan import StageName
 
 
@@ -162,15 +162,14 @@ class LiveDisplay:
     def show(self, progress: Progress, *, important: bool = False) -> None:
         """Redraw."""
         from rich.console import Group
-        from rich.progress_bar import ProgressBar
         from rich.text import Text
 
         lines: list[Any] = [Text(f"{progress.run_id}   {stage_strip(progress)}", style="bold")]
         lines.append(Text(status_line(progress)))
         if progress.total:
-            lines.append(ProgressBar(total=progress.total, completed=progress.done, width=60))
+            lines.append(Text(bar(progress.done, progress.total), style="magenta"))
         if progress.current is StageName.TRAIN and len(progress.losses) > 1:
-            lines.append(Text(f"loss {sparkline(progress.losses, 54)}", style="cyan"))
+            lines.append(Text(f"{sparkline(progress.losses, BAR_WIDTH)} loss", style="cyan"))
         self.live.update(Group(*lines))
 
     def say(self, message: str) -> None:

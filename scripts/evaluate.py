@@ -253,7 +253,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
             where = f"{path.name}:{number}"
             try:
                 yield where, json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{where}: not JSON: {error}", "write one JSON object per line, in UTF-8") from error
 
 
@@ -262,11 +262,11 @@ def read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     from pyarrow import ArrowInvalid, parquet
 
     try:
-        file = parquet.ParquetFile(path)
+        rows = (row for batch in parquet.ParquetFile(path).iter_batches() for row in batch.to_pylist())
+        for number, row in enumerate(rows, 1):
+            yield f"{path.name} row {number}", row
     except (OSError, ArrowInvalid) as error:
         raise InputError(f"cannot read `{path}`: {error}", "check that the file is complete Parquet") from error
-    rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
-    yield from ((f"{path.name} row {number}", row) for number, row in enumerate(rows, 1))
 
 
 def load_rows(source: dict, split: str) -> list[Row]:
@@ -370,6 +370,10 @@ def clean_text(where: str, value: Any, name: str) -> str:
         raise InputError(f"{where}: `{name}` is empty", "remove the row, or write the text")
     if not isinstance(value, str):
         raise InputError(f"{where}: `{name}` is {kind_of(value)}", "write text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # `\ud83d` alone is JSON, and no tokenizer takes it
+        raise InputError(f"{where}: `{name}` has half a character: {error.reason}", "write it in UTF-8") from error
     return value
 
 

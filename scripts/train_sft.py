@@ -292,7 +292,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
             where = f"{path.name}:{number}"
             try:
                 yield where, json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{where}: not JSON: {error}", "write one JSON object per line, in UTF-8") from error
 
 
@@ -301,11 +301,11 @@ def read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     from pyarrow import ArrowInvalid, parquet
 
     try:
-        file = parquet.ParquetFile(path)
+        rows = (row for batch in parquet.ParquetFile(path).iter_batches() for row in batch.to_pylist())
+        for number, row in enumerate(rows, 1):
+            yield f"{path.name} row {number}", row
     except (OSError, ArrowInvalid) as error:
         raise InputError(f"cannot read `{path}`: {error}", "check that the file is complete Parquet") from error
-    rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
-    yield from ((f"{path.name} row {number}", row) for number, row in enumerate(rows, 1))
 
 
 def load_rows(source: dict, split: str) -> list[Row]:
@@ -409,6 +409,10 @@ def clean_text(where: str, value: Any, name: str) -> str:
         raise InputError(f"{where}: `{name}` is empty", "remove the row, or write the text")
     if not isinstance(value, str):
         raise InputError(f"{where}: `{name}` is {kind_of(value)}", "write text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # `\ud83d` alone is JSON, and no tokenizer takes it
+        raise InputError(f"{where}: `{name}` has half a character: {error.reason}", "write it in UTF-8") from error
     return value
 
 
@@ -585,8 +589,10 @@ def main() -> None:
     check_base(base)
     emit("phase", name="read data")
     train_rows, eval_rows = split_rows(run)
-    check_rows(run, base, train_rows + eval_rows[:1])
-    fresh_output(run)
+    check_rows(run, base, [train_rows[0], *eval_rows[:1]])
+    # Three checkpoints of weights and optimizer and the result; adapters are a few per cent of the base.
+    weights = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    require_disk(fresh_output(run), weights * 10 if run["experiment"]["train"]["method"] == "full" else weights // 4)
     try:
         train(run, base, train_rows, eval_rows, started)
     except TrainingFailed as error:
@@ -601,8 +607,10 @@ def train(run: dict, base: Path, train_rows: list[Row], eval_rows: list[Row], st
     settings = sft_config(run, has_eval=bool(eval_rows))
     emit("phase", name="tokenize")
     tokenizer = load_tokenizer(base)
-    train_set, counts = tokenize(run, tokenizer, train_rows)
-    eval_set, _ = tokenize(run, tokenizer, eval_rows) if eval_rows else (None, {})
+    limit = run["experiment"]["train"]["max_length"]
+    splits = settings.packing and settings.packing_strategy != "bfd"  # the others put the rest into the next pack
+    train_set, counts = tokenize(run, tokenizer, train_rows, None if splits else limit)
+    eval_set, _ = tokenize(run, tokenizer, eval_rows, limit) if eval_rows else (None, {})
     emit("phase", name="load base", detail=run["experiment"]["base"]["model"])
     trainer, reporter = make_trainer(run, base, settings, tokenizer, train_set, eval_set)
     emit("phase", name="train", detail=f"{reporter.total} steps")
@@ -689,17 +697,15 @@ def read_json(path: Path) -> dict:
 
 
 def check_rows(run: dict, base: Path, rows: list[Row]) -> None:
-    """Raise InputError where rows, loss and base do not fit together. All training rows have one format."""
+    """Raise InputError where rows, loss and base do not fit together. `rows` are one of each source."""
     templates = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
     has_template = any((base / name).exists() for name in templates)
     has_template = has_template or bool(read_json(base / "tokenizer_config.json").get("chat_template"))
-    for row in (rows[0], rows[-1]):
+    for row in rows:
         check_loss_on(row, run["experiment"]["train"]["loss_on"])
         if row.is_chat and not has_template:
             message = f"{row.where} is a conversation, and the base `{base}` has no chat template"
-            raise InputError(
-                message, "use the instruction-tuned base, or write `text` or plain `prompt` + `completion`"
-            )
+            raise InputError(message, "use the instruction-tuned base, or write `text` rows")
 
 
 # Settings
@@ -815,18 +821,15 @@ def load_tokenizer(base: Path) -> Any:
     return tokenizer
 
 
-def tokenize(run: dict, tokenizer: Any, rows: list[Row]) -> tuple[Any, dict]:
-    """A data set of `input_ids` and `labels`, no longer than `max_length`, and what was counted on the way.
+def tokenize(run: dict, tokenizer: Any, rows: list[Row], limit: int | None) -> tuple[Any, dict]:
+    """A data set of `input_ids` and `labels`, cut to `limit` tokens, and what was counted on the way.
 
     Raises:
-        InputError: no row has a trained token within `max_length`.
+        InputError: no row has a trained token within `limit`.
     """
     from datasets import Dataset
 
-    settings = run["experiment"]["train"]
-    examples = encode_rows(rows, tokenizer, settings["loss_on"])
-    splits = settings["packing"] and settings["sft"].get("packing_strategy", "bfd") != "bfd"
-    limit = None if splits else settings["max_length"]  # the other packing strategies go on in the next pack
+    examples = encode_rows(rows, tokenizer, run["experiment"]["train"]["loss_on"])
     kept = [short for short in (example.cut(limit) for example in examples) if short.trained()]
     longest = max(len(example.ids) for example in examples)
     if len(kept) < len(examples):
@@ -870,7 +873,12 @@ def make_trainer(
     from trl import SFTTrainer
 
     chosen = run["experiment"]["train"]
-    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
     try:
         trainer = type("Trainer", (TrainerChanges, SFTTrainer), {})(
             model=str(base),
@@ -878,15 +886,11 @@ def make_trainer(
             train_dataset=train_set,
             eval_dataset=eval_set,
             processing_class=tokenizer,
-            quantization_config=BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=torch.bfloat16)
-            if chosen["method"] == "qlora"
-            else None,
+            quantization_config=nf4 if chosen["method"] == "qlora" else None,
             peft_config=lora_config(chosen, base) if chosen["method"] != "full" else None,
         )
     except NoMatchingPeftModuleError as error:
-        raise InputError(
-            f"`train.lora.targets`: {error}", "use `targets: all-linear`, or names of this base"
-        ) from error
+        raise InputError(f"`train.lora.targets`: {error}", "use `all-linear`, or names of this base") from error
     for module in trainer.model.modules():
         # bitsandbytes repacks a CPU weight when it is first evaluated, and from then on passes no gradient through it.
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -905,7 +909,10 @@ class TrainerChanges:
     trained_per_eval_row: float = 0.0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> "LongestFirst":
-        lengths = [len(ids) for ids in (train_dataset or self.train_dataset)["input_ids"]]
+        from pyarrow.compute import list_value_length
+
+        rows = (train_dataset or self.train_dataset).with_format("arrow")[:]
+        lengths = list_value_length(rows["input_ids"]).to_pylist()
         batch = self.args.per_device_train_batch_size
         return LongestFirst(lengths, batch, batch * self.args.gradient_accumulation_steps, self.args.seed)
 
@@ -954,7 +961,8 @@ class LongestFirst:
         random.Random(f"{self.seed} {self.epoch}").shuffle(order)
         if self.epoch == 0:
             longest = sorted(order, key=lambda row: -self.lengths[row])[: 2 * self.batch]
-            rest = [row for row in order if row not in longest]
+            taken = set(longest)
+            rest = [row for row in order if row not in taken]
             filler = self.per_step - self.batch
             order = longest[: self.batch] + rest[:filler] + longest[self.batch :] + rest[filler:]
         return iter(order)
@@ -981,10 +989,11 @@ class Reporter:
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.busy_tokens += float(self.trainer.tokens_seen) - self.step_tokens
         self.busy_s += time.monotonic() - self.step_s
-        control.should_log = control.should_log or state.global_step >= self.total
         if self.interrupted:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
+        # Log before each checkpoint: one of weights that are not numbers must not be there to resume from.
+        control.should_log = control.should_log or control.should_save
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict, **_: Any) -> None:
         seen = {key: float(logs[key]) for key in ("loss", "grad_norm", "learning_rate", "eval_loss") if key in logs}
@@ -1161,7 +1170,7 @@ def write_card(run: dict, metrics: dict) -> None:
     chosen, base, data = experiment["train"], experiment["base"], experiment["data"]
     full = chosen["method"] == "full"
     front = ["library_name: " + ("transformers" if full else "peft"), "pipeline_tag: text-generation"]
-    if "/" in base["model"] and not Path(base["model"]).exists():
+    if not base["model"].startswith((".", "/", "~")):
         front += [f"base_model: {base['model']}", f"base_model_relation: {'finetune' if full else 'adapter'}"]
     if "repo" in run["inputs"]["data"]:
         front += ["datasets:", f"- {data['dataset']}"]

@@ -2,7 +2,7 @@
 
 import math
 
-from pipeline.charts import sparkline
+from pipeline.charts import bar, sparkline
 
 
 def test_rises_and_falls() -> None:
@@ -21,3 +21,9 @@ def test_flat_empty_and_not_a_number() -> None:
     assert sparkline([3, 3]) == "▁▁"
     assert sparkline([1, math.nan, 2]) == "▁×█"
     assert sparkline([math.nan]) == "×"
+
+
+def test_bar() -> None:
+    assert bar(1, 4, 8) == "━━──────"
+    assert bar(9, 4, 4) == "━━━━"
+    assert bar(0, 0, 4) == "────"

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ pytestmark = pytest.mark.slow
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 SCRIPT = SCRIPTS / "evaluate.py"
+# On a busy machine a second thread spins at OpenMP's barriers: the same steps take several times longer.
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 SHARED = "# --- shared: data rows.", "# --- end shared: data rows ---"
 
 
@@ -29,6 +32,10 @@ def load(name: str) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
+    """evaluate.py as a module."""
+    import torch
+
+    torch.set_num_threads(1)
     return load("evaluate")
 
 
@@ -121,7 +128,9 @@ def test_the_row_code_is_that_of_training() -> None:
 def test_the_front_door(models: dict[str, Path], tmp_path: Path) -> None:
     prompts = [{"prompt": "How many?"}, {"messages": [{"role": "user", "content": "From where?"}]}]
     run = make_run(tmp_path, models, prompts=lines(tmp_path / "prompts.jsonl", prompts))
-    done = subprocess.run([sys.executable, SCRIPT, run], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, SCRIPT, run], capture_output=True, text=True, timeout=300, check=False, env=ONE_THREAD
+    )
     assert done.returncode == 0, done.stderr
     said = events(done.stdout)
     assert (said[0]["event"], said[-1]["event"]) == ("start", "end")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,10 +12,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_sft.py"
+# On a busy machine a second thread spins at OpenMP's barriers: the same steps take several times longer.
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 LORA = {"r": 4, "alpha": 8, "dropout": 0.0, "targets": "all-linear", "exclude": None, "rslora": False, "dora": False}
 LORA |= {"modules_to_save": [], "rank_pattern": {}, "alpha_pattern": {}}
 TRAIN = {"method": "lora", "flavor": "cpu-basic", "timeout": 600, "epochs": 1.0, "max_steps": None, "max_length": 256}
@@ -27,6 +32,9 @@ LONGER = [*CHAT, {"role": "user", "content": "From where?"}, {"role": "assistant
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """train_sft.py as a module."""
+    import torch
+
+    torch.set_num_threads(1)
     spec = importlib.util.spec_from_file_location("train_sft", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules["train_sft"] = module
@@ -85,7 +93,8 @@ def write_rows(path: Path, rows: list[Any]) -> Path:
 def make_run(folder: Path, base: Path, data: Path, held_out: float | None = None, **train: Any) -> Path:
     """A run.json of stage `train` in `folder`; keyword arguments change `train`, `lora` its LoRA."""
     folder.mkdir(parents=True, exist_ok=True)
-    train = {**TRAIN, **train, "lora": {**LORA, **train["lora"]} if train.get("lora") else LORA}
+    train = {**TRAIN, **train, "lora": {**LORA, **train.get("lora", {})}}
+    train["lora"] = None if train["method"] == "full" else train["lora"]
     data_block = {"dataset": "acme/rows", "revision": None, "subset": None, "split": "train"}
     data_block["eval"] = {"fraction": held_out, "split": None, "dataset": None}
     experiment = {"name": "tiny", "hypothesis": "It learns.", "base": {"model": "acme/tiny", "revision": "abc"}}
@@ -108,7 +117,9 @@ def edit(path: Path, **changes: Any) -> Path:
 
 def front_door(run: Path) -> subprocess.CompletedProcess:
     """The script as a user starts it."""
-    return subprocess.run([sys.executable, SCRIPT, run], capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        [sys.executable, SCRIPT, run], capture_output=True, text=True, timeout=300, check=False, env=ONE_THREAD
+    )
 
 
 def events(text: str, *names: str) -> list[dict]:
@@ -273,6 +284,7 @@ BAD_ROWS = {
     '{"messages": [{"content": "hi"}]}': "`messages[0]` has the role `None`",
     '{"messages": [{"role": "user", "content": "hi"}]}': "no assistant turn in `messages`",
     '{"conversations": [{"from": "alien", "value": "hi"}]}': "`conversations[0]` has the role `alien`",
+    '{"messages": [{"role": "user", "content": "\\ud83d"}]}': "`messages[0].content` has half a character",
     '{"prompt": "a", "completion": ""}': "`completion` is empty",
     '{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}': "`prompt` is text and",
     '{"text": "plain"}': "this row is `text` of plain text, data.jsonl:1 is `messages` of messages",
@@ -286,6 +298,24 @@ def test_a_bad_row_is_named(script: ModuleType, tmp_path: Path, line: str) -> No
         script.load_rows({"path": str(data)}, "train")
     assert caught.value.message.startswith(f"data.jsonl:3: {BAD_ROWS[line]}")
     assert caught.value.hint
+
+
+KEYS = ["messages", "prompt", "completion", "conversations", "text", "tools", "role", "content", "from", "value"]
+KEYS += ["tool_calls", "type"]
+LEAVES = st.none() | st.booleans() | st.integers() | st.text() | st.sampled_from(["user", "assistant", "gpt", "text"])
+VALUES = st.recursive(LEAVES, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.sampled_from(KEYS), v, max_size=4))
+
+
+@settings(max_examples=300, deadline=None)
+@given(raw=VALUES | st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3))
+def test_any_row_is_taken_or_named(script: ModuleType, raw: Any) -> None:
+    try:
+        row = script.clean_row("data.jsonl:1", raw)
+    except script.InputError as error:
+        assert error.message.startswith("data.jsonl:1: ")
+        assert error.hint
+    else:
+        assert type(row.prompt) is type(row.completion)
 
 
 def test_bad_input_fails_at_once_and_leaves_nothing(bases: Any, tmp_path: Path) -> None:
@@ -397,6 +427,16 @@ def test_conversations_need_a_chat_template(script: ModuleType, bases: Any, tmp_
     script.check_rows(run, base, [script.clean_row("row 1", {"text": "plain"})])
 
 
+def test_a_base_comes_without_second_copies(script: ModuleType) -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.model"]
+    wanted += ["tokenizer.json", "chat_template.jinja", "merges.txt", "additional_chat_templates/rag.jinja"]
+    other = ["consolidated.safetensors", "original/params.json", "pytorch_model.bin", "onnx/model.onnx", "x.gguf"]
+    patterns = {"allow_patterns": script.BASE_FILES, "ignore_patterns": script.BASE_IGNORED}
+    assert list(filter_repo_objects(wanted + other, **patterns)) == wanted
+
+
 # Settings
 
 
@@ -454,8 +494,8 @@ def trainer_of(script: ModuleType, run_path: Path) -> tuple[Any, Any]:
     train_rows, eval_rows = script.split_rows(run)
     config = script.sft_config(run, has_eval=bool(eval_rows))
     tokenizer = script.load_tokenizer(base)
-    train_set, _ = script.tokenize(run, tokenizer, train_rows)
-    eval_set = script.tokenize(run, tokenizer, eval_rows)[0] if eval_rows else None
+    train_set, _ = script.tokenize(run, tokenizer, train_rows, 256)
+    eval_set = script.tokenize(run, tokenizer, eval_rows, 256)[0] if eval_rows else None
     return script.make_trainer(run, base, config, tokenizer, train_set, eval_set)
 
 
@@ -491,22 +531,21 @@ def test_rows_without_a_token_to_learn(
     long = [{"role": "user", "content": "The quick brown fox. " * 20}, CHAT[1]]
     data = write_rows(tmp_path / "data.jsonl", [{"messages": m} for m in (CHAT, long, CHAT, long)])
     rows = script.load_rows({"path": str(data)}, "train")
-    run = json.loads(make_run(tmp_path, tmp_path, data, max_length=64).read_text())
+    run = json.loads(make_run(tmp_path, tmp_path, data).read_text())
     tokenizer = tokenizers("llama")
     total = len(tokenizer.apply_chat_template(long)["input_ids"])
     prompt = len(tokenizer.apply_chat_template(long[:1], add_generation_prompt=True)["input_ids"])
-    kept, counts = script.tokenize(run, tokenizer, rows)
+    kept, counts = script.tokenize(run, tokenizer, rows, 64)
     assert counts == {"examples": 2, "longest_row_tokens": total, "truncated_rows": 0, "dropped_rows": 2}
     assert len(kept) == 2
     (warned,) = events(capsys.readouterr().out, "warning")
     said = f"2 rows are dropped, the prompt fills `max_length: 64` (the longest prompt has {prompt} tokens)"
     assert warned["message"] == f"{said}: data.jsonl:2, data.jsonl:4"
     with pytest.raises(script.InputError) as caught:
-        script.tokenize(run, tokenizer, [rows[1]])
+        script.tokenize(run, tokenizer, [rows[1]], 64)
     assert caught.value.message == "every row would be dropped: " + said.removeprefix("2 rows are dropped, ")
     assert caught.value.hint == f"use `max_length: {total}`, or shorten the prompts"
-    run["experiment"]["train"]["max_length"] = total - 2
-    kept, counts = script.tokenize(run, tokenizer, rows)
+    kept, counts = script.tokenize(run, tokenizer, rows, total - 2)
     assert (counts["truncated_rows"], counts["dropped_rows"]) == (2, 0)
     assert max(map(len, kept["input_ids"])) == total - 2
 
@@ -742,9 +781,8 @@ def test_an_adapter_that_did_not_move_is_no_result(
 
 def until(run: Path, step: int, number: signal.Signals) -> tuple[int, list[int]]:
     """Start the script, send a signal once `step` is reported; its exit code and the steps it ran."""
-    child = subprocess.Popen(
-        [sys.executable, SCRIPT, run], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+    command = [sys.executable, SCRIPT, run]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=ONE_THREAD)
     assert child.stdout is not None
     steps: list[int] = []
     for line in child.stdout:
