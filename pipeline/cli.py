@@ -39,6 +39,12 @@ class PlanFormat(StrEnum):
     MARKDOWN = "markdown"
 
 
+class Backend(StrEnum):
+    """Where `run` runs."""
+
+    LOCAL = "local"
+
+
 class RunFormat(StrEnum):
     """How `run` prints its result."""
 

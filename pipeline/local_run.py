@@ -6,9 +6,10 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pipeline.backends import local
+from pipeline.backends.process import stop_group
 from pipeline.errors import UserError
 from pipeline.plan import Stage, StageName
 from pipeline.progress import Display, Progress, StageState, advance, begin_stage, mark_stage, progress_of
@@ -54,7 +55,7 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _run_pending(run: local.LocalRun, lock: int, display: Display) -> dict[StageName, local.Manifest]:
+def _run_pending(run: local.LocalRun, lock: TextIO, display: Display) -> dict[StageName, local.Manifest]:
     # Look again under the lock: another process may have finished a stage since.
     done = local.look(run)
     pending = local.pending_stages(run, done)
@@ -72,7 +73,7 @@ def _run_pending(run: local.LocalRun, lock: int, display: Display) -> dict[Stage
 
 def _stop(builder: "subprocess.Popen[bytes] | None") -> None:
     if builder is not None and builder.poll() is None:
-        local.stop_group(builder, patience_s=3)
+        stop_group(builder, patience_s=3)
 
 
 class _Shown:

@@ -74,6 +74,16 @@ def test_refused_input_keeps_the_scripts_words_and_exit_code(repo: Repository) -
     assert failed.stderr.endswith("error: train: `data.jsonl:2` is not JSON\n\nhint: mend line 2\n")
 
 
+def test_the_log_keeps_every_attempt(repo: Repository) -> None:
+    repo.set("train.crash")
+    repo.call("run", "experiments/small.yaml")
+    repo.clear("train.crash")
+    repo.call("run", "experiments/small.yaml")
+    log = (repo.run_folder() / "train/log.txt").read_text()
+    assert log.count('"event": "start"') == 2
+    assert "the sky fell" in log
+
+
 def test_a_killed_script_is_told_as_killed(repo: Repository) -> None:
     repo.set("merge.kill")
     failed = repo.call("run", "experiments/small.yaml")
@@ -166,7 +176,9 @@ def test_the_lock_outlives_a_killed_command_as_long_as_its_script_works(repo: Re
     wait_for(lambda: repo.started() == ["train"])
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=30)
-    assert "already going on" in repo.call("run", "experiments/small.yaml").stderr
+    refused = repo.call("run", "experiments/small.yaml").stderr
+    assert "already going on" in refused
+    assert f"process {process.pid})" not in refused, "names the script that lives, not the command that is dead"
     wait_for(lambda: (repo.run_folder() / "train/artifact/manifest.json").exists())
     repo.clear("train.slow")
     wait_for(lambda: repo.call("run", "experiments/small.yaml").returncode == 0)

@@ -5,19 +5,20 @@ artifact's manifest says so, written last; nothing else records state.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from pipeline.backends.process import EVENT_PREFIX, OnEvent, follow, living_pid, note_pids
 from pipeline.errors import UserError
 from pipeline.experiment import Method
 from pipeline.facts import Facts
@@ -25,13 +26,8 @@ from pipeline.fields import is_path
 from pipeline.plan import Plan, Stage, StageName
 
 RUN_SCHEMA = 1
-EVENT_PREFIX = "MERGETUNE "
-INTERRUPTED = 130  # exit code of a job script that was asked to stop
-PATIENCE_S = 30  # for a stopped script to save its checkpoint before it is killed
-POLL_S = 0.1
 
 Manifest = dict[str, Any]
-OnEvent = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -68,8 +64,8 @@ def find_device() -> str:
 
 
 @contextmanager
-def locked(run: LocalRun) -> Iterator[int]:
-    """Hold the run's lock; yields its file descriptor, which the job script inherits.
+def locked(run: LocalRun) -> Iterator[TextIO]:
+    """Hold the run's lock; yields its file, which the job script inherits.
 
     The lock so lives as long as the script, even when this process is killed: a second run never starts beside it.
 
@@ -82,13 +78,12 @@ def locked(run: LocalRun) -> Iterator[int]:
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            handle.seek(0)
-            pid = handle.read().strip() or "unknown"
+        except BlockingIOError as error:
+            pid = living_pid(handle)
             message = f"run `{run.plan.run_id}` is already going on (process {pid})"
             raise UserError(message, f"wait for it, or stop it: `kill {pid}`") from error
-        _note_pid(handle, os.getpid())
-        yield handle.fileno()
+        note_pids(handle, os.getpid())
+        yield handle
 
 
 def look(run: LocalRun) -> dict[StageName, Manifest]:
@@ -113,7 +108,7 @@ def pending_stages(run: LocalRun, done: dict[StageName, Manifest]) -> list[Stage
     return [stage for stage in run.plan.stages if stage.name in wanted]
 
 
-def run_stage(run: LocalRun, stage: Stage, lock: int, on_event: OnEvent) -> Manifest:
+def run_stage(run: LocalRun, stage: Stage, lock: TextIO, on_event: OnEvent) -> Manifest:
     """Run one stage's script to its end, passing on its events; returns the manifest it wrote.
 
     Raises:
@@ -136,7 +131,8 @@ def run_stage(run: LocalRun, stage: Stage, lock: int, on_event: OnEvent) -> Mani
             last_error.update(event)
         on_event(event)
 
-    code = _follow(run, stage, request, folder / "log.txt", lock, remember)
+    command = [run.python, str(run.root / stage.script), str(request)]
+    code = follow(command, run.root, _environment(run), folder / "log.txt", lock, remember)
     manifest = _finished(run, stage.name) if code == 0 else None
     if manifest is None:
         raise _failure(stage, code, folder / "log.txt", last_error)
@@ -154,27 +150,6 @@ def start_preparing(run: LocalRun, pending: list[Stage]) -> subprocess.Popen[byt
     with log.open("wb") as out:
         command = [run.python, str(run.root / script), "prepare"]
         return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
-
-
-def stop_group(process: "subprocess.Popen[Any]", patience_s: float = PATIENCE_S) -> None:
-    """Ask a process group to stop, and end it when it does not."""
-    for number in (signal.SIGINT, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            break
-        try:
-            process.wait(patience_s)
-            break
-        except subprocess.TimeoutExpired:
-            continue
-
-
-def _note_pid(handle: TextIO, pid: int) -> None:
-    handle.seek(0)
-    handle.truncate()
-    handle.write(str(pid))
-    handle.flush()
 
 
 def _needs(plan: Plan, stage: StageName) -> StageName | None:
@@ -269,8 +244,6 @@ def _made_by(run: LocalRun, stage: StageName) -> dict[str, Any]:
 
 
 def _digest(value: object) -> str:
-    import hashlib
-
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -299,59 +272,6 @@ def _environment(run: LocalRun) -> dict[str, str]:
     # the build of llama.cpp beside training (measured on 2 busy cores: 34 s against 11 s for the same steps).
     patient = {"OMP_WAIT_POLICY": "PASSIVE"}
     return {**patient, **os.environ, **quiet, **({"HF_HUB_OFFLINE": "1"} if offline else {})}
-
-
-def _follow(run: LocalRun, stage: Stage, request: Path, log: Path, lock: int, on_event: OnEvent) -> int:
-    """Start the script, read its log as it grows, return its exit code (negative: killed by that signal)."""
-    command = [run.python, str(run.root / stage.script), str(request)]
-    # The script writes to the file, not to a pipe: it goes on, and its log stays whole, when this process dies.
-    with log.open("wb") as out, log.open("r", encoding="utf-8", errors="replace") as tail:
-        process = subprocess.Popen(
-            command,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            cwd=run.root,
-            env=_environment(run),
-            pass_fds=(lock,),
-            start_new_session=True,
-        )
-        reader = _EventReader(tail)
-        try:
-            while process.poll() is None:
-                reader.pass_on(on_event)
-                time.sleep(POLL_S)
-        except BaseException:
-            stop_group(process)
-            raise
-        reader.pass_on(on_event)
-    return process.returncode
-
-
-class _EventReader:
-    """Reads whole lines of a growing log and passes on those that are events."""
-
-    def __init__(self, tail: TextIO) -> None:
-        self.tail = tail
-        self.rest = ""
-
-    def pass_on(self, on_event: OnEvent) -> None:
-        self.rest += self.tail.read()
-        *lines, self.rest = self.rest.split("\n")
-        for line in lines:
-            event = parse_event(line)
-            if event is not None:
-                on_event(event)
-
-
-def parse_event(line: str) -> dict[str, Any] | None:
-    """The event on a log line, or None for any other line."""
-    if not line.startswith(EVENT_PREFIX):
-        return None
-    try:
-        event = json.loads(line.removeprefix(EVENT_PREFIX))
-    except ValueError:
-        return None
-    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
 
 
 def _failure(stage: Stage, code: int, log: Path, error: dict[str, Any]) -> StageFailed:
