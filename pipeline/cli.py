@@ -133,6 +133,7 @@ def init(
 @app.command()
 def run(
     path: Annotated[Path, typer.Argument(help="An experiment file.", show_default=False, readable=False)],
+    backend: Annotated[Backend, typer.Option(help="Where to run: this machine.")] = Backend.LOCAL,
     runs_dir: Annotated[
         Path | None, typer.Option(help="Where runs are kept; default: runs/ of this repository.")
     ] = None,
@@ -152,7 +153,10 @@ def run(
 
     root, facts, made = _planned(path)
     try:
-        result = run_locally(open_run(made, facts, root, runs_dir or root / "runs"), make_display(sys.stderr))
+        match backend:
+            case Backend.LOCAL:
+                place = open_run(made, facts, root, runs_dir or root / "runs")
+                result = run_locally(place, make_display(sys.stderr))
     except KeyboardInterrupt:
         print("stopped; run the same command again to continue", file=sys.stderr)
         raise typer.Exit(130) from None
