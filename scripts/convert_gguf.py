@@ -930,7 +930,7 @@ def check_vocabulary(gguf: Path, facts: dict[str, Any], expected: Expected) -> s
 
 
 def check_special_tokens(gguf: Path, facts: dict[str, Any], expected: Expected) -> str:
-    """Added tokens are typed CONTROL or USER_DEFINED: typed NORMAL, chat markers are cut into pieces (facts 2b)."""
+    """Added tokens are typed CONTROL or USER_DEFINED: typed NORMAL, chat markers are cut into pieces."""
     for token, kind in facts["token_types"].items():
         if kind not in (CONTROL, USER_DEFINED) and not (kind == UNKNOWN and int(token) == expected.unknown):
             fact = f"`{expected.added[int(token)]}` has token type {kind}, not CONTROL or USER_DEFINED"
