@@ -1,7 +1,25 @@
 """What can be wrong and where: places, findings and the one exception a user ever sees. Prints nothing."""
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
+
+# Access tokens by their issuers' prefixes: Hugging Face (classic, OAuth, trusted publisher), GitHub, OpenAI-style, AWS.
+TOKEN = re.compile(
+    r"(?<![A-Za-z0-9])(?:hf_(?:oauth|jwt|app)_[\w.-]{4,}|hf_[A-Za-z0-9]{16,}"
+    r"|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|sk-[A-Za-z0-9_-]{20,}|AKIA[A-Z0-9]{16})"
+)
+
+
+def redact(text: str) -> str:
+    """The text with every access token in it replaced: a message must not publish what a file should not hold."""
+    return TOKEN.sub("<token>", text)
+
+
+def excerpt(value: object) -> str:
+    """A value for a message: at most 60 characters, and never a token."""
+    text = redact(str(value))
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 @dataclass(frozen=True, order=True)
@@ -36,7 +54,7 @@ class Finding:
     def as_text(self) -> str:
         """`path:line:column: error: message [RULE]`, then the hint after a blank line."""
         head = f"{self.at}: {self.severity}: {self.message} [{self.rule}]"
-        return f"{head}\n\nhint: {self.hint}" if self.hint else head
+        return redact(f"{head}\n\nhint: {self.hint}" if self.hint else head)
 
     def as_dict(self) -> dict[str, str | int]:
         """Flat and JSON-ready, for `--format json`."""
@@ -47,8 +65,8 @@ class Finding:
             "column": at.column,
             "rule": self.rule,
             "severity": self.severity.value,
-            "message": self.message,
-            "hint": self.hint,
+            "message": redact(self.message),
+            "hint": redact(self.hint),
         }
 
 
@@ -68,7 +86,7 @@ class UserError(Exception):
     def as_text(self) -> str:
         """The text for a terminal: fact first, then the way out."""
         head = f"error: {self.at}: {self.message}" if self.at else f"error: {self.message}"
-        return f"{head}\n\nhint: {self.hint}" if self.hint else head
+        return redact(f"{head}\n\nhint: {self.hint}" if self.hint else head)
 
 
 class InvalidExperiment(UserError):

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from pipeline.errors import excerpt
 from pipeline.yaml_text import Plain, resolve_plain
 
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -50,13 +51,15 @@ def _boolean(value: Any) -> Any:
 def _name(value: Any) -> Any:
     if isinstance(value, str) and not NAME.fullmatch(value):
         tidy = re.sub(r"-{2,}", "-", re.sub(r"[^a-z0-9]+", "-", value.lower())).strip("-")[:64] or "my-experiment"
-        raise fault(f"`{value[:80]}` is not a name: lower-case letters, digits and `-`, at most 64", f"write `{tidy}`")
+        raise fault(
+            f"`{excerpt(value)}` is not a name: lower-case letters, digits and `-`, at most 64", f"write `{tidy}`"
+        )
     return value
 
 
 def _repo(value: Any) -> Any:
     if isinstance(value, str) and (not REPO.fullmatch(value) or ".." in value or "--" in value or len(value) > 96):
-        raise fault(f"`{value[:100]}` is not a repository id", "write `namespace/name`, as in the Hub's address")
+        raise fault(f"`{excerpt(value)}` is not a repository id", "write `namespace/name`, as in the Hub's address")
     return value
 
 
@@ -65,7 +68,7 @@ def _repo_path(value: Any) -> Any:
         return value
     path = PurePosixPath(value)
     if path.is_absolute() or ".." in path.parts or "\\" in value or "\0" in value or value.startswith("~"):
-        raise fault(f"`{value[:100]}` leaves the repository", "write a path relative to the repository's root")
+        raise fault(f"`{excerpt(value)}` leaves the repository", "write a path relative to the repository's root")
     return value
 
 
@@ -81,7 +84,7 @@ def is_path(source: str) -> bool:
 def _data_source(value: Any) -> Any:
     value = _source(value)
     if isinstance(value, str) and is_path(value) and not value.endswith((".jsonl", ".parquet")):
-        raise fault(f"`{value[:100]}` is not JSONL or Parquet", "convert it to `.jsonl`: one JSON object a line")
+        raise fault(f"`{excerpt(value)}` is not JSONL or Parquet", "convert it to `.jsonl`: one JSON object a line")
     return value
 
 

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline.errors import Finding, InvalidExperiment, Place, Severity
+from pipeline.errors import Finding, InvalidExperiment, Place, Severity, excerpt
 from pipeline.experiment import Experiment, nearest
 from pipeline.yaml_text import Keys, YamlText, load_yaml, parse_yaml
 
@@ -110,8 +110,8 @@ def _has(data: Any, part: str | int) -> bool:
 def _plain_message(text: YamlText, keys: Keys, fault: Any) -> str:
     value = _value(text.data, keys)
     dotted = ".".join(str(key) for key in keys)
-    shown = f"`{str(value)[:60]}`" if isinstance(value, str) else f"a {_kind(value)}"
-    return f"`{dotted}` is {shown}: {fault['msg'][:1].lower()}{fault['msg'][1:]}"
+    said = f"`{excerpt(value)}`" if isinstance(value, str) else f"a {_kind(value)}"
+    return f"`{dotted}` is {said}: {fault['msg'][:1].lower()}{fault['msg'][1:]}"
 
 
 def _kind(value: Any) -> str:

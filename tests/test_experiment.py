@@ -155,3 +155,29 @@ def test_every_field_is_described() -> None:
     walk(schema)
     for definition in schema["$defs"].values():
         walk(definition)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "replacement"),
+    [
+        ("repo: acme/coach-12b", "repo: TOKEN"),
+        ("name: coach", "name: TOKEN"),
+        ("dataset: acme/coach", "dataset: /TOKEN.csv"),
+        ("  epochs: 3", "  epochs: TOKEN"),
+        ("  method: qlora", "  method: TOKEN"),
+        ("  epochs: 3", "  TOKEN: 3"),
+        ("Q4_K_M, Q8_0", "TOKEN"),
+        ("a10g-large", "TOKEN"),
+    ],
+)
+def test_no_message_repeats_a_token(pattern: str, replacement: str) -> None:
+    token = "hf_" + "AbCdEfGh" * 4
+    text = changed(pattern, replacement.replace("TOKEN", token))
+    try:
+        said = parse_experiment(text).experiment.train.flavor
+    except InvalidExperiment as error:
+        said = error.as_text() + json.dumps([finding.as_dict() for finding in error.findings])
+        assert token not in said
+        assert "AbCdEfGhAbCd" not in said
+    else:
+        assert said == token  # accepted by the schema; rule HUB003 refuses it without repeating it
