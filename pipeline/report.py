@@ -1,12 +1,13 @@
 """Markdown for humans: the report of a run and the plan of an experiment. Returns text; writes and posts none."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.charts import sparkline
+from pipeline.fit import Fit
 from pipeline.flavors import AS_OF
 from pipeline.plan import Plan, Stage, StageName
 from pipeline.progress import duration
@@ -100,6 +101,30 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
     }
 
 
+def render_fit(fits: Sequence[Fit], title: str) -> str:
+    """Flavors against `max_length`: GiB needed, marked where they do not or may not fit."""
+    lengths = [length for length, _ in fits[0].needs]
+    head = "| flavor | $/h | GiB | " + " | ".join(f"{length:,}" for length in lengths) + " | longest that fits |"
+    rows = [_fit_row(fit) for fit in fits]
+    note = f"GiB that training needs at each `max_length`; `?` may not fit, `-` does not. Prices of {AS_OF}."
+    table = "\n".join([head, "|---|" + "--:|" * (len(lengths) + 3), *rows])
+    return f"## {title}\n\n{table}\n\n{note}\n"
+
+
+def fit_as_dict(fits: Sequence[Fit]) -> list[dict[str, Any]]:
+    """The table, JSON-ready: GiB by `max_length`, and the longest rows that surely fit (None: none do)."""
+    return [
+        {
+            "flavor": fit.flavor.name,
+            "usd_per_hour": fit.flavor.usd_per_hour,
+            "vram_gib": fit.flavor.vram_gib,
+            "needs_gib": {str(length): round(need.total, 2) for length, need in fit.needs},
+            "largest_max_length": fit.largest,
+        }
+        for fit in fits
+    ]
+
+
 def money(usd: float) -> str:
     """Dollars; cents only as far as they matter."""
     return f"${usd:.4f}" if 0 < usd < 0.01 else f"${usd:.2f}"
@@ -152,6 +177,14 @@ def _plan_row(stage: Stage) -> str:
     expected = "not known" if cost.expected_usd is None else money(cost.expected_usd)
     timeout = duration(stage.timeout_s)
     return f"| {stage.name} | `{stage.flavor.name}` | {expected_s} | {timeout} | {expected} | {money(cost.worst_usd)} |"
+
+
+def _fit_row(fit: Fit) -> str:
+    signs = {True: "", None: " ?", False: " -"}
+    cells = [f"{need.total:.1f}{signs[need.fits(fit.flavor)]}" for _, need in fit.needs]
+    largest = f"{fit.largest:,}" if fit.largest else "none"
+    flavor = fit.flavor
+    return f"| `{flavor.name}` | {flavor.usd_per_hour:.2f} | {flavor.vram_gib:g} | {' | '.join(cells)} | {largest} |"
 
 
 def _heading(result: RunResult) -> str:
@@ -226,10 +259,8 @@ def gguf_files(result: RunResult) -> list[Path]:
     if manifest is None or section is None:
         return []
     names = [file["path"] for file in manifest["files"]]
-    order: Iterable[str] = section.quants
-    return [
-        result.artifact(StageName.GGUF) / name for quant in order for name in names if name.endswith(f"-{quant}.gguf")
-    ]
+    ordered = [name for quant in section.quants for name in names if name.endswith(f"-{quant}.gguf")]
+    return [result.artifact(StageName.GGUF) / name for name in ordered]
 
 
 def _usage(result: RunResult) -> str:

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.experiment import Experiment
@@ -47,13 +49,23 @@ def read_facts(experiment: Experiment, root: Path) -> Facts:
         else:
             missing.append(path)
     dataset = experiment.data.dataset
-    local_data = is_path(dataset) and dataset not in missing
+    config = _config(root / experiment.base.model) if is_path(experiment.base.model) else None
+    script = experiment.train.script
     return Facts(
         content=content,
         missing=tuple(missing),
-        shape=_shape(experiment.base.model, root),
-        data=_data_facts(root / dataset) if local_data else None,
+        shape=shape_of(config) if config else CATALOGUE.get(experiment.base.model),
+        data=_data_facts(root / dataset) if is_path(dataset) and dataset not in missing else None,
+        config=config,
+        chat_template=_chat_template(root / experiment.base.model) if config else None,
+        scripts={script: _text(root / script)} if script and script in content else {},
     )
+
+
+def shape_in(folder: Path) -> ModelShape | None:
+    """The shape of the model whose config.json lies in a folder; None without one we can size."""
+    config = _config(folder)
+    return shape_of(config) if config else None
 
 
 @lru_cache(maxsize=1024)
@@ -78,15 +90,31 @@ def _file_hash(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _shape(model: str, root: Path) -> ModelShape | None:
-    if not is_path(model):
-        return CATALOGUE.get(model)
-    config = root / model / "config.json"
+@lru_cache(maxsize=256)
+def _config(base: Path) -> Mapping[str, Any] | None:
+    """The config.json of a base in this repository; None when unreadable, which the train stage refuses by name."""
+    return _json_object(base / "config.json")
+
+
+@lru_cache(maxsize=256)
+def _chat_template(base: Path) -> str | None:
+    """The base's chat template: a file of its own, else a key of tokenizer_config.json."""
+    if (base / "chat_template.jinja").is_file():
+        return _text(base / "chat_template.jinja")
+    template = (_json_object(base / "tokenizer_config.json") or {}).get("chat_template")
+    return template if isinstance(template, str) else None
+
+
+def _json_object(path: Path) -> Mapping[str, Any] | None:
     try:
-        loaded = json.loads(config.read_text(encoding="utf-8"))
+        loaded = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None  # Unknown, and reported as unknown; the train stage refuses such a base by name.
-    return shape_of(loaded) if isinstance(loaded, dict) else None
+        return None
+    return loaded if isinstance(loaded, dict) else None
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 @lru_cache(maxsize=256)

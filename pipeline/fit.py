@@ -1,0 +1,55 @@
+"""Which hardware a training fits, and how long its rows may be. Decides from shapes and prices; measures nothing."""
+
+from dataclasses import dataclass, replace
+
+from pipeline.experiment import Experiment
+from pipeline.flavors import Flavor, gpu_flavors
+from pipeline.memory import MemoryEstimate, MemorySpec, estimate_need, spec_of
+from pipeline.models import ModelShape
+
+LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
+STEP, LONGEST = 64, 1_048_576  # tokens: a hint is a round number, and no row may be longer than the schema allows
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One flavor with the needs of every length in a table, and the longest rows that surely fit."""
+
+    flavor: Flavor
+    needs: tuple[tuple[int, MemoryEstimate], ...]  # by `max_length`
+    largest: int | None  # None: not even the shortest
+
+    def verdict(self, length: int) -> bool | None:
+        """True or False when the whole band says so, None when capacity lies inside it."""
+        return dict(self.needs)[length].fits(self.flavor)
+
+
+def fit_table(spec: MemorySpec, shape: ModelShape, lengths: tuple[int, ...] = LENGTHS) -> tuple[Fit, ...]:
+    """Every single-GPU flavor, cheapest first, with what training needs at each length."""
+    one = replace(spec, gpus=1)
+    needs = tuple((length, estimate_need(replace(one, seq=length), shape)) for length in lengths)
+    return tuple(Fit(flavor, needs, _largest(one, shape, flavor)) for flavor in gpu_flavors())
+
+
+def largest_max_length(experiment: Experiment, shape: ModelShape, flavor: Flavor) -> int | None:
+    """The largest `max_length` with which this experiment surely fits the flavor; None when none does."""
+    spec = replace(spec_of(experiment, shape), gpus=max(flavor.gpus, 1))
+    return _largest(spec, shape, flavor)
+
+
+def cheapest_flavor(experiment: Experiment, shape: ModelShape) -> Flavor | None:
+    """The cheapest single-GPU flavor that this experiment surely fits, or None."""
+    need = estimate_need(replace(spec_of(experiment, shape), gpus=1), shape)
+    return next((flavor for flavor in gpu_flavors() if need.fits(flavor)), None)
+
+
+def _largest(spec: MemorySpec, shape: ModelShape, flavor: Flavor) -> int | None:
+    """Search by halves: more tokens never need less."""
+    low, high = 0, LONGEST // STEP
+    while low < high:
+        middle = (low + high + 1) // 2
+        if estimate_need(replace(spec, seq=middle * STEP), shape).fits(flavor):
+            low = middle
+        else:
+            high = middle - 1
+    return low * STEP or None
