@@ -1,12 +1,18 @@
 """Run every rule over experiments. The only place that knows both the files and the rules."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
+from pipeline.dataset import read_dataset
 from pipeline.errors import Finding, InvalidExperiment
-from pipeline.loader import load_experiment
+from pipeline.experiment import Experiment
+from pipeline.facts import Facts
+from pipeline.loader import ExperimentFile, load_experiment
 from pipeline.rules import ALL_RULES, Subject
+from pipeline.rules.others import relatives
 from pipeline.settings import Settings
+from pipeline.trl_fields import sft_fields
 from pipeline.workspace import read_facts, shown_path
 
 
@@ -32,25 +38,34 @@ class CheckResult:
 def check_files(paths: Iterable[Path], root: Path, settings: Settings) -> CheckResult:
     """Check every file; one bad file never hides another's findings."""
     findings: list[Finding] = []
-    unreadable = False
+    files: list[ExperimentFile] = []
     count = 0
     for path in paths:
         count += 1
         try:
-            found = check_file(path, root, settings)
+            files.append(load_experiment(path, shown_path(path, root)))
         except InvalidExperiment as error:
-            unreadable = True
-            found = list(error.findings)
-        findings += found
+            findings += error.findings
+    unreadable = len(files) < count
+    for file, others in zip(files, relatives([file.experiment for file in files]), strict=True):
+        findings += run_rules(file, gather_facts(file.experiment, root, others), settings)
     return CheckResult(findings, unreadable, count)
 
 
-def check_file(path: Path, root: Path, settings: Settings) -> list[Finding]:
-    """Every finding about one file.
-
-    Raises:
-        InvalidExperiment: it cannot be read or breaks the schema.
-    """
-    file = load_experiment(path, shown_path(path, root))
-    subject = Subject(file, read_facts(file.experiment, root), settings)
+def run_rules(file: ExperimentFile, facts: Facts, settings: Settings) -> list[Finding]:
+    """Every rule's finding about one loaded file."""
+    subject = Subject(file, facts, settings)
     return [finding for rule in ALL_RULES if (finding := rule.run(subject)) is not None]
+
+
+def gather_facts(experiment: Experiment, root: Path, others: tuple[Experiment, ...] = ()) -> Facts:
+    """What the repository and the pinned libraries say about an experiment."""
+    fields = sft_fields()
+    facts = read_facts(experiment, root)
+    return replace(
+        facts,
+        sft_fields=fields.types,
+        sft_choices=fields.choices,
+        others=others,
+        dataset=None if facts.missing else read_dataset(experiment, root),
+    )

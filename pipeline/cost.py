@@ -1,19 +1,38 @@
-"""Tokens to duration to dollars, expected and worst case. A first version: its band is wide and said."""
+"""Tokens to duration to dollars, expected and worst case. Pure: rates are constants with their source, or past runs.
 
+Utilisation, launch time and dequantisation were fitted on the table "Profiling of Memory and Speed" in the README of
+QwenLM/Qwen (commit 03cd81f): LoRA, Q-LoRA and full training of 1.8 to 72 B parameters at 256 to 8,192 tokens with
+gradient checkpointing on one A100; tests/test_cost.py compares. Its Q-LoRA is GPTQ, not NF4. Other GPUs are assumed to
+reach the same part of their vendor's dense bf16 rate, which is why a band is wide until finished runs correct it.
+"""
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from pipeline.dataset_facts import DatasetFacts
 from pipeline.experiment import Experiment, Method
 from pipeline.facts import DataFacts
-from pipeline.flavors import CONTAINER_START_S, Flavor
+from pipeline.flavors import CONTAINER_START_S, FLAVORS, Flavor
 from pipeline.models import ModelShape
 
-CHARACTERS_PER_TOKEN = 4.0  # English text under a 30k-260k vocabulary; counted exactly by a later version.
-BAND = 0.5  # The expected duration may be off by this part, each way.
-# Dense bf16 matmul rate the vendor publishes, in TFLOP/s; a CPU flavor by core (AVX2 fp32 fused multiply-add).
-TFLOPS = {"T4": 65, "L4": 121, "A10G": 125, "L40S": 362, "A100": 312, "H200": 989, "RTX PRO 6000": 500}
-CPU_TFLOPS_PER_VCPU = 0.03
-UTILISATION = 0.25  # part of that rate a single-GPU LoRA run reaches; 4-bit weights are dequantised on the way
+CHARACTERS_PER_TOKEN = 4.0  # English text under a 30k-260k vocabulary, where nothing was counted
+BAND, CORRECTED_BAND = 0.5, 0.25  # The expected duration may be off by this part, each way.
+# Dense bf16 rate of the vendors' data sheets, TFLOP/s. A T4 has no bf16 tensor cores: its fp32 rate.
+TFLOPS = {"T4": 8.1, "L4": 121, "A10G": 70, "L40S": 362, "A100": 312, "H200": 989, "RTX PRO 6000": 500}
+GB_PER_S = {"T4": 320, "L4": 300, "A10G": 600, "L40S": 864, "A100": 2039, "H200": 4800, "RTX PRO 6000": 1792}
+CPU_TFLOPS_PER_VCPU = 0.03  # what fp32 training of a small model reaches on one AVX2 thread
+# Part of the rate that adapters reach, by billions of parameters; full training has larger matrix products to do.
+UTILISATION = ((3, 0.31), (10, 0.45), (math.inf, 0.52))
+UTILISATION_FULL = 0.52
+LAUNCH_S_PER_LAYER = 0.005  # a micro-batch never takes less: the GPU waits for Python
+DEQUANT_S_PER_WEIGHT = 32e-12  # 4-bit to bf16, three times a micro-batch, at the A100's memory bandwidth
+PACKED = 0.97  # part of a packed row that best-fit-decreasing fills
 STAGE_BYTES_PER_S = {"merge": 100e6, "gguf": 45e6, "evaluate": 30e6}  # of base weights in bf16, on 8 vCPUs
+DOWNLOAD_BYTES_PER_S = 200e6  # from the Hub into a job, loading included
+CORRECTION_LIMITS = (0.2, 5.0)
 
 
 @dataclass(frozen=True)
@@ -27,36 +46,140 @@ class CostEstimate:
     band: float = BAND
 
 
-def estimate_tokens(experiment: Experiment, data: DataFacts) -> float:
-    """Tokens one pass reads: characters over four, no row longer than `max_length`."""
-    return min(data.characters / CHARACTERS_PER_TOKEN, data.rows * experiment.train.max_length)
+@dataclass(frozen=True)
+class FinishedRun:
+    """How long one stage took where it ran on a job's hardware, and what had been predicted for it."""
+
+    stage: str
+    method: str
+    gpu: str | None
+    predicted_s: float
+    actual_s: float
 
 
-def estimate_train_seconds(experiment: Experiment, shape: ModelShape, data: DataFacts, flavor: Flavor) -> float:
-    """Seconds of training: 6 FLOP per weight and token, 8 with the recomputed forward of checkpointing.
+def estimate_tokens(experiment: Experiment, data: DataFacts | DatasetFacts) -> float:
+    """Tokens one pass reads: as counted, or characters over four with no row longer than `max_length`."""
+    length = experiment.train.max_length
+    if isinstance(data, DatasetFacts):
+        return data.tokens.total if data.tokens else data.training_rows * length
+    return min(data.characters / CHARACTERS_PER_TOKEN, data.rows * length)
 
-    A frozen base needs no gradient of its weights, which takes a third of the backward off.
-    """
+
+def estimate_train_seconds(
+    experiment: Experiment,
+    shape: ModelShape,
+    data: DataFacts | DatasetFacts,
+    flavor: Flavor,
+    finished: Sequence[FinishedRun] = (),
+) -> float:
+    """Seconds of training on one GPU (the script uses one of a flavor), corrected by runs of the same kind."""
     train = experiment.train
-    flop_per_weight = 8 if train.method is Method.FULL else 6
-    tokens = estimate_tokens(experiment, data) * train.epochs
-    if train.max_steps is not None:
-        rows = train.max_steps * train.batch_size * train.gradient_accumulation
-        tokens = estimate_tokens(experiment, data) / max(data.rows, 1) * rows
-    rate = TFLOPS[flavor.gpu] * flavor.gpus * UTILISATION if flavor.gpu else CPU_TFLOPS_PER_VCPU * flavor.vcpus
-    return flop_per_weight * shape.parameters * tokens / (rate * 1e12)
+    per_pass, length = _micro_batches(experiment, data)
+    batches = per_pass * train.epochs if train.max_steps is None else train.max_steps * train.gradient_accumulation
+    batches += _evaluating(experiment, data, per_pass, batches)
+    seconds = batches * _micro_batch_seconds(train.method, shape, train.batch_size, length, flavor)
+    ratio = correction(finished, "train", train.method, flavor.gpu)
+    return seconds * (ratio or 1.0)
 
 
-def estimate_cost(seconds: float | None, timeout_s: int, flavor: Flavor) -> CostEstimate:
-    """Price of one stage: expected from `seconds` of work, worst case from its timeout."""
-    total = None if seconds is None else min(seconds + CONTAINER_START_S, timeout_s)
+def estimate_cost(
+    seconds: float | None, timeout_s: int, flavor: Flavor, setup_s: float = 0.0, corrected: bool = False
+) -> CostEstimate:
+    """Price of one stage: expected from `seconds` of work, worst case from its timeout.
+
+    `CONTAINER_START_S` covers the image pull and the install of the script's dependencies, `setup_s` what the stage
+    does before its work.
+    """
+    total = None if seconds is None else min(seconds + setup_s + CONTAINER_START_S, timeout_s)
     expected = None if total is None else _billed(total, flavor)
-    return CostEstimate(total, timeout_s, expected, _billed(timeout_s, flavor))
+    band = CORRECTED_BAND if corrected else BAND
+    return CostEstimate(total, timeout_s, expected, _billed(timeout_s, flavor), band)
+
+
+def setup_seconds(shape: ModelShape) -> float:
+    """Seconds to download and load the base in bf16."""
+    return 2 * shape.parameters / DOWNLOAD_BYTES_PER_S
 
 
 def stage_seconds(stage: str, shape: ModelShape | None, files: int = 1) -> float | None:
     """Seconds of a stage that reads every weight `files` times; None when the model is unknown."""
     return None if shape is None else 2 * shape.parameters * files / STAGE_BYTES_PER_S[stage]
+
+
+def finished_run(manifest: Mapping[str, Any]) -> FinishedRun | None:
+    """What an artifact's manifest says about the estimate it was launched with; None when it says nothing."""
+    predicted, actual = manifest.get("predicted") or {}, manifest.get("duration_s")
+    flavor, seconds = FLAVORS.get(str(predicted.get("flavor"))), predicted.get("duration_s")
+    if flavor is None or not isinstance(seconds, int | float) or not isinstance(actual, int | float):
+        return None
+    work = seconds - CONTAINER_START_S  # a manifest's duration begins when the script starts
+    if work <= 0 or actual <= 0 or manifest.get("attempt", 1) != 1:  # a resumed attempt did only a part
+        return None
+    return FinishedRun(str(manifest.get("stage")), str(predicted.get("method", "")), flavor.gpu, work, actual)
+
+
+def correction(finished: Iterable[FinishedRun], stage: str, method: str, gpu: str | None) -> float | None:
+    """Median of actual over predicted seconds of runs with this stage, method and GPU, or None without any."""
+    ratios = [
+        run.actual_s / run.predicted_s
+        for run in finished
+        if (run.stage, run.method, run.gpu) == (stage, method, gpu) and run.predicted_s > 0
+    ]
+    if not ratios:
+        return None
+    low, high = CORRECTION_LIMITS
+    return min(max(statistics.median(ratios), low), high)
+
+
+def _micro_batches(experiment: Experiment, data: DataFacts | DatasetFacts) -> tuple[float, float]:
+    """Micro-batches of one pass, and the tokens each row of them is long, padding included."""
+    train = experiment.train
+    tokens = estimate_tokens(experiment, data)
+    counted = data.tokens if isinstance(data, DatasetFacts) else None
+    known = data.training_rows if isinstance(data, DatasetFacts) else data.rows
+    rows = counted.sequences if counted else known
+    if train.packing:
+        return math.ceil(tokens / (train.max_length * PACKED)) / train.batch_size, train.max_length
+    mean = tokens / max(rows, 1)
+    longest = min(counted.longest if counted else 2 * mean, train.max_length)
+    # The longest of n rows, were their lengths spread evenly between 0 and twice the mean; capped at the longest row.
+    padded = mean * 2 * train.batch_size / (train.batch_size + 1)
+    return rows / train.batch_size, max(mean, min(padded, longest))
+
+
+def _evaluating(experiment: Experiment, data: DataFacts | DatasetFacts, per_pass: float, batches: float) -> float:
+    """Held-out micro-batches, as training ones: forward alone is a third. As often as `Reporter` of the script asks."""
+    train, held_out = experiment.train, experiment.data.eval
+    rows = 0.0
+    if isinstance(data, DatasetFacts):
+        rows = data.eval_file.training_rows if data.eval_file else data.rows - data.training_rows
+    elif held_out and held_out.fraction:
+        rows = data.rows * held_out.fraction
+    epoch = math.ceil(per_pass / train.gradient_accumulation)
+    steps = math.ceil(batches / train.gradient_accumulation)
+    every = max(1, min(epoch, train.save_steps * math.ceil(steps / train.save_steps / 10)))
+    return (steps // every) * rows / train.batch_size / 3
+
+
+def _micro_batch_seconds(method: Method, shape: ModelShape, rows: int, length: float, flavor: Flavor) -> float:
+    """Seconds of forward, recomputed forward and backward of one micro-batch.
+
+    6 FLOP per weight and token (8 where the weights have gradients too). An attended pair costs 8 per query element;
+    fused attention keeps the GPU twice as busy as the matrix products do, so it counts half.
+    """
+    applied = shape.layers * (shape.attention + shape.mlp_matrices * shape.hidden * shape.active_intermediate)
+    weights = applied + shape.vocab * shape.hidden
+    full = method is Method.FULL
+    per_token = (8 if full else 6) * weights + 4 * length * shape.query * shape.layers
+    flop = per_token * length * rows
+    if flavor.gpu is None:
+        return flop / (CPU_TFLOPS_PER_VCPU * flavor.vcpus * 1e12)
+    part = UTILISATION_FULL if full else next(u for limit, u in UTILISATION if shape.parameters < limit * 1e9)
+    seconds = max(flop / (TFLOPS[flavor.gpu] * 1e12 * part), LAUNCH_S_PER_LAYER * shape.layers)
+    if method is Method.QLORA:
+        quantised = shape.linear - shape.expert_linear - shape.other_linear
+        seconds += quantised * DEQUANT_S_PER_WEIGHT * GB_PER_S["A100"] / GB_PER_S[flavor.gpu]
+    return seconds
 
 
 def _billed(seconds: float, flavor: Flavor) -> float:

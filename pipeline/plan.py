@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from pipeline.cost import CostEstimate, estimate_cost, estimate_train_seconds, stage_seconds
+from pipeline.cost import CostEstimate, estimate_cost, estimate_train_seconds, setup_seconds, stage_seconds
 from pipeline.errors import UserError
 from pipeline.experiment import Evaluate, Experiment, Gguf, Merge, Method, Train, nearest
 from pipeline.facts import Facts
@@ -137,10 +137,12 @@ def _train_stage(experiment: Experiment, facts: Facts) -> Stage:
     train: Train = experiment.train
     flavor = flavor_named(train.flavor, "train")
     seconds = None
-    if facts.shape and facts.data:
-        seconds = estimate_train_seconds(experiment, facts.shape, facts.data, flavor)
+    data = facts.dataset or facts.data
+    if facts.shape and data:
+        seconds = estimate_train_seconds(experiment, facts.shape, data, flavor)
     memory = estimate_memory(experiment, facts.shape) if facts.shape else None
-    cost = estimate_cost(seconds, train.timeout, flavor)
+    setup_s = setup_seconds(facts.shape) if facts.shape else 0.0
+    cost = estimate_cost(seconds, train.timeout, flavor, setup_s)
     script = train.script or SCRIPTS[StageName.TRAIN]
     return Stage(StageName.TRAIN, script, flavor, train.timeout, cost, memory)
 

@@ -1,5 +1,28 @@
 """Preflight rules: each a pure function `(Subject) -> Finding | None` with an id and a page in docs/rules.md."""
 
+from pipeline.rules.architecture import (
+    attention_can_load,
+    experts_stay_large,
+    head_is_no_target,
+    packing_needs_flash,
+    targets_are_layers,
+    tower_left_out,
+)
+from pipeline.rules.data import (
+    base_has_a_chat_template,
+    eval_rows_are_unseen,
+    loss_has_turns,
+    rows_are_json,
+    rows_are_unique,
+    rows_fill_a_batch,
+    rows_fit_max_length,
+    rows_have_a_format,
+    rows_have_content,
+    rows_have_roles,
+    rows_keep_their_loss,
+    rows_share_a_format,
+    split_leaves_rows,
+)
 from pipeline.rules.experiment import (
     budget_within_settings,
     files_are_there,
@@ -10,7 +33,35 @@ from pipeline.rules.experiment import (
     worst_case_within_budget,
 )
 from pipeline.rules.hardware import training_fits
+from pipeline.rules.hub import nothing_secret, repositories_named
+from pipeline.rules.others import not_done_before, output_is_its_own
+from pipeline.rules.release import converter_knows_base, gguf_can_chat, quants_keep_quality
 from pipeline.rules.rule import Rule, Subject
+from pipeline.rules.scripts import (
+    no_flash_attn,
+    no_login,
+    no_secrets_table,
+    no_token_text,
+    prints_no_secret,
+    processor_has_pillow,
+    pushes_at_the_end,
+    script_has_header,
+    script_parses,
+    trainer_arguments_exist,
+)
+from pipeline.rules.tracking import tracking_in_one_place, tracking_stays_private, trackio_is_installed
+from pipeline.rules.training import (
+    batch_sane,
+    dtype_spelled,
+    learning_rate_sane,
+    logits_stay_fused,
+    nan_is_shown,
+    quantisation_by_method,
+    sft_fields_current,
+    sft_fields_exist,
+    sft_keys_are_free,
+    sft_values_typed,
+)
 
 ALL_RULES: tuple[Rule, ...] = (
     Rule("EXP002", name_is_the_files_name),
@@ -19,6 +70,55 @@ ALL_RULES: tuple[Rule, ...] = (
     Rule("HUB001", namespace_allowed),
     Rule("MEM001", flavors_exist),
     Rule("MEM002", training_fits),
+    Rule("EXP005", output_is_its_own),
+    Rule("EXP006", not_done_before),
+    Rule("HUB002", repositories_named),
+    Rule("HUB003", nothing_secret),
+    Rule("DAT001", rows_are_json),
+    Rule("DAT002", rows_have_a_format),
+    Rule("DAT003", rows_share_a_format),
+    Rule("DAT004", rows_have_roles),
+    Rule("DAT005", rows_have_content),
+    Rule("DAT006", base_has_a_chat_template),
+    Rule("DAT007", rows_fit_max_length),
+    Rule("DAT008", rows_keep_their_loss),
+    Rule("DAT009", loss_has_turns),
+    Rule("DAT010", rows_are_unique),
+    Rule("DAT011", eval_rows_are_unseen),
+    Rule("DAT012", rows_fill_a_batch),
+    Rule("DAT013", split_leaves_rows),
+    Rule("TRN001", sft_fields_exist),
+    Rule("TRN002", sft_fields_current),
+    Rule("TRN003", sft_values_typed),
+    Rule("TRN004", sft_keys_are_free),
+    Rule("TRN005", quantisation_by_method),
+    Rule("TRN006", dtype_spelled),
+    Rule("TRN007", nan_is_shown),
+    Rule("TRN008", learning_rate_sane),
+    Rule("TRN009", batch_sane),
+    Rule("TRN010", logits_stay_fused),
+    Rule("TRN011", targets_are_layers),
+    Rule("TRN012", head_is_no_target),
+    Rule("TRN013", tower_left_out),
+    Rule("TRN014", packing_needs_flash),
+    Rule("TRN015", attention_can_load),
+    Rule("TRN016", experts_stay_large),
+    Rule("SCR001", script_parses),
+    Rule("SCR002", script_has_header),
+    Rule("SCR003", no_flash_attn),
+    Rule("SCR004", no_secrets_table),
+    Rule("SCR005", no_login),
+    Rule("SCR006", no_token_text),
+    Rule("SCR007", trainer_arguments_exist),
+    Rule("SCR008", pushes_at_the_end),
+    Rule("SCR009", prints_no_secret),
+    Rule("SCR010", processor_has_pillow),
+    Rule("TRK001", tracking_stays_private),
+    Rule("TRK002", tracking_in_one_place),
+    Rule("TRK003", trackio_is_installed),
+    Rule("REL001", converter_knows_base),
+    Rule("REL002", gguf_can_chat),
+    Rule("REL003", quants_keep_quality),
     Rule("TIM001", worst_case_within_budget),
     Rule("TIM002", budget_within_settings),
 )

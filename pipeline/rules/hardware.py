@@ -1,7 +1,8 @@
 """Rules about memory: does training fit the GPU of its flavor?"""
 
 from pipeline.errors import Severity
-from pipeline.flavors import FLAVORS, gpu_flavors
+from pipeline.fit import cheapest_flavor, largest_max_length
+from pipeline.flavors import FLAVORS
 from pipeline.memory import estimate_memory
 from pipeline.rules.rule import Subject, Verdict
 
@@ -20,8 +21,11 @@ def training_fits(subject: Subject) -> Verdict | None:
     fits = estimate.fits(flavor)
     if fits is True:
         return None
-    cheapest = next((f.name for f in gpu_flavors() if estimate.fits(f)), None)
-    hint = f"write `flavor: {cheapest}`" if cheapest else "write a smaller `max_length`, or `method: qlora`"
+    cheapest = cheapest_flavor(experiment, shape)
+    largest = largest_max_length(experiment, shape, flavor)
+    ways = [f"`flavor: {cheapest.name}`"] if cheapest else []
+    ways += [f"`max_length: {largest}`"] if largest else []
+    hint = "write " + " or ".join(ways) if ways else "no flavor fits: write `method: qlora`, or a smaller base"
     word = "needs" if fits is False else "may need"
     message = (
         f"training {word} {estimate.low:.1f} to {estimate.high:.1f} GiB, `{flavor.name}` has {flavor.vram_gib:g} GiB"

@@ -1,0 +1,180 @@
+"""Rules about training settings against the base's architecture: its layers, attention, experts and vision tower."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.errors import Severity
+from pipeline.experiment import Lora, Method, nearest
+from pipeline.flavors import FLAVORS
+from pipeline.rules.rule import Subject, Verdict
+from pipeline.rules.script_text import packages_of
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+LINEAR_ATTENTION = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
+# Linear layers of the text decoder by `model_type`: `nn.Linear` in models/*/modeling_*.py of transformers 5.23.0 (a
+# test looks there). An architecture that is not here is not judged.
+PLAIN_DECODERS = (
+    *("llama", "mistral", "mistral3", "ministral3", "qwen2", "qwen3", "qwen3_moe", "qwen3_vl", "smollm3"),
+    *("gemma", "gemma2", "gemma3", "gemma3_text", "granite", "olmo2", "olmo3"),
+)
+PER_LAYER = ("per_layer_input_gate", "per_layer_projection", "per_layer_model_projection")
+LAYERS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(PLAIN_DECODERS, ATTENTION + MLP),
+    **dict.fromkeys(("gemma4", "gemma4_text"), ATTENTION + MLP + PER_LAYER),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_text"), ATTENTION + MLP + LINEAR_ATTENTION),
+    "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    "phi": ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"),
+}
+EMBEDDINGS = ("embed_tokens", "lm_head")
+# Names a vision tower goes by in the module path, and linear layers it shares with the text decoder.
+TOWERS = ("vision", "visual", "image", "audio")
+# Where transformers 5.23.0 has no scaled-dot-product attention, for its soft-capped scores.
+NO_SDPA = ("gemma2",)
+
+
+def targets_are_layers(subject: Subject) -> Verdict | None:
+    """Every LoRA target is a layer of the base
+
+    Why: When none matches, PEFT raises after the download; when one does not, it is skipped without a word.
+    Fix: The names of this architecture, or `all-linear`.
+    """
+    lora, kind = subject.file.experiment.train.lora, _model_type(subject)
+    known = LAYERS.get(kind or "")
+    if lora is None or known is None or isinstance(lora.targets, str):
+        return None
+    for target in lora.targets:
+        last = target.split(".")[-1]
+        if last not in known and last not in EMBEDDINGS:
+            near = nearest(last, known)
+            word = f"write `{near}` instead of `{target}`" if near else f"write `targets: [{', '.join(known)}]`"
+            return Verdict(
+                "train.lora.targets", f"`{target}` is no layer of `{kind}`", f"{word}, or `targets: all-linear`"
+            )
+    return None
+
+
+def head_is_no_target(subject: Subject) -> Verdict | None:
+    """`lm_head` is no LoRA target
+
+    Why: The pinned TRL multiplies with the head's weight itself: an adapter there would never train, and it refuses.
+    Fix: Remove it; `modules_to_save: [lm_head]` trains the head whole.
+    """
+    lora = subject.file.experiment.train.lora
+    if lora is None or isinstance(lora.targets, str):
+        return None
+    wrong = next((target for target in lora.targets if target.split(".")[-1] == "lm_head"), None)
+    if wrong is None:
+        return None
+    rest = [target for target in lora.targets if target != wrong]
+    return Verdict("train.lora.targets", f"TRL cannot train an adapter on `{wrong}`", f"write `targets: {_list(rest)}`")
+
+
+def tower_left_out(subject: Subject) -> Verdict | None:
+    """LoRA stays out of the vision tower
+
+    Why: Text never passes it: its adapter costs memory and never sees a gradient (12 % of the adapter of Gemma 3 12B).
+    Fix: Remove `exclude`: the training script then leaves vision out; or name the tower in it.
+    """
+    train = subject.file.experiment.train
+    if train.lora is None or train.script is not None or train.lora.exclude is None:
+        return None
+    exclude = train.lora.exclude
+    try:
+        re.compile(exclude)
+    except (re.error, RecursionError, OverflowError) as error:
+        message = f"`exclude: {exclude[:60]}` is not a regular expression: {error}"
+        return Verdict("train.lora.exclude", message, r"write `exclude: .*vision.*`, or remove `exclude`")
+    if "vision_config" not in (subject.facts.config or {}) or any(word in exclude for word in TOWERS):
+        return None
+    if _targets_only_text(train.lora):
+        return None
+    message = f"`exclude: {exclude[:60]}` replaces the one that leaves the vision tower out"
+    hint = f"write `exclude: {exclude[:60]}|.*(vision|visual).*`, or remove `exclude`"
+    return Verdict("train.lora.exclude", message, hint, Severity.WARNING)
+
+
+def packing_needs_flash(subject: Subject) -> Verdict | None:
+    """Packed rows on a GPU have a flash-attention kernel
+
+    Why: Packing lays rows end to end; TRL supports it only with flash attention, which is told where each row begins.
+    Without it a row may read its neighbour, and attention over the whole pack is slow.
+    Fix: `packing: false`, or a kernel: `attn_implementation: kernels-community/flash-attn2` with `kernels` installed.
+    """
+    train = subject.file.experiment.train
+    flavor = FLAVORS.get(train.flavor)
+    if not train.packing or flavor is None or flavor.gpu is None or "flash" in _attention(subject):
+        return None
+    message = "`packing: true` without a flash-attention kernel"
+    kernel = "`model_init_kwargs: {attn_implementation: kernels-community/flash-attn2}` under `train.sft`"
+    can = "kernels" in _packages(subject) and flavor.gpu != "T4"
+    hint = f"write {kernel}, or `packing: false`" if can else "write `packing: false`"
+    return Verdict("train.packing", message, hint, Severity.WARNING)
+
+
+def attention_can_load(subject: Subject) -> Verdict | None:
+    """The attention asked for can be loaded
+
+    Why: transformers fetches flash attention through the `kernels` package, and refuses `sdpa` where the base has none:
+    both after the download.
+    Fix: Remove `attn_implementation`, or add `kernels` to the script's header.
+    """
+    asked, kind = _attention(subject), _model_type(subject)
+    at = "train.sft.model_init_kwargs.attn_implementation"
+    if asked == "sdpa" and kind in NO_SDPA:
+        return Verdict(at, f"`{kind}` has no `sdpa` attention", "write `attn_implementation: eager`")
+    packages = _packages(subject)
+    if packages and ("flash" in asked or "/" in asked) and not packages & {"kernels", "flash-attn"}:
+        message = f"`attn_implementation: {asked[:60]}` needs `kernels`, which `{_script(subject)}` does not install"
+        hint = f"remove `attn_implementation`, or add `kernels==0.18.2` to the header of `{_script(subject)}`"
+        return Verdict(at, message, hint)
+    return None
+
+
+def experts_stay_large(subject: Subject) -> Verdict | None:
+    """QLoRA of a mixture of experts is known to stay large
+
+    Why: The experts are one parameter for all of them, and 4-bit loading reaches only linear layers: most of the
+    weights stay in bf16.
+    Fix: `method: lora` says the same honestly, on a flavor with the memory; or a dense base.
+    """
+    experiment = subject.file.experiment
+    shape, config = subject.facts.shape, subject.facts.config or {}
+    text = config.get("text_config")
+    text = text if isinstance(text, Mapping) else config
+    experts = (shape.experts if shape else 0) or text.get("num_local_experts") or text.get("num_experts")
+    if experiment.train.method is not Method.QLORA or not isinstance(experts, int) or experts < 1:
+        return None
+    message = f"`method: qlora` leaves the {experts} experts of `{experiment.base.model}` in bf16"
+    return Verdict("train.method", message, "write `method: lora`, or choose a dense base", Severity.WARNING)
+
+
+def _model_type(subject: Subject) -> str | None:
+    config, shape = subject.facts.config, subject.facts.shape
+    if config is not None:
+        return str(config.get("model_type"))
+    return shape.model_type if shape else None
+
+
+def _attention(subject: Subject) -> str:
+    loading: Any = subject.file.experiment.train.sft.get("model_init_kwargs")
+    return str(loading.get("attn_implementation", "")) if isinstance(loading, Mapping) else ""
+
+
+def _script(subject: Subject) -> str:
+    return subject.file.experiment.train.script or "scripts/train_sft.py"
+
+
+def _packages(subject: Subject) -> set[str]:
+    """What the training script installs; empty when its text was not looked up."""
+    return packages_of(subject.facts.scripts.get(_script(subject), ""))
+
+
+def _targets_only_text(lora: Lora) -> bool:
+    """Targets that name the text decoder, such as `language_model.layers.0.self_attn.q_proj`."""
+    return not isinstance(lora.targets, str) and all("language_model" in target for target in lora.targets)
+
+
+def _list(names: list[str]) -> str:
+    return f"[{', '.join(names)}]" if names else "all-linear"

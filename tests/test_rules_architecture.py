@@ -1,0 +1,124 @@
+"""Rules about the base's architecture: each passes the good experiment and fails a bad one."""
+
+import re
+import sysconfig
+from pathlib import Path
+
+import pytest
+from examples import GOOD, changed
+from rule_cases import HEADER, expect, place, run, with_sft
+
+from pipeline.rules.architecture import (
+    LAYERS,
+    attention_can_load,
+    experts_stay_large,
+    head_is_no_target,
+    packing_needs_flash,
+    targets_are_layers,
+    tower_left_out,
+)
+
+RULES = (targets_are_layers, head_is_no_target, tower_left_out, packing_needs_flash, attention_can_load)
+TARGETS = "targets: \\[q_proj, k_proj, v_proj, o_proj\\]"
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+MOE = {"model_type": "qwen3_moe", "num_experts": 128}
+WITH_KERNELS = {"scripts/train_sft.py": HEADER.replace('"trl==1.16.0"', '"trl==1.16.0", "kernels==0.18.2"')}
+
+
+@pytest.mark.parametrize("rule", (*RULES, experts_stay_large))
+def test_ok(rule) -> None:
+    assert run(rule) is None
+    assert run(rule, config=LLAMA) is None
+    assert run(rule, config=None, shape=None, scripts={}) is None
+    assert run(rule, config={"text_config": None, "num_experts": "8", "architectures": 3}, shape=None) is None
+
+
+@pytest.mark.parametrize(
+    ("rule", "targets", "config", "message", "hint"),
+    [
+        (
+            targets_are_layers,
+            "[q_proj, qkv_proj]",
+            LLAMA,
+            "`qkv_proj` is no layer of `llama`",
+            "write `v_proj` instead",
+        ),
+        (targets_are_layers, "[c_attn]", LLAMA, "`c_attn` is no layer", "targets: [q_proj, k_proj,"),
+        (
+            targets_are_layers,
+            "[q_proj]",
+            {"model_type": "phi3"},
+            "no layer of `phi3`",
+            "`qkv_proj` instead of `q_proj`",
+        ),
+        (head_is_no_target, "[q_proj, lm_head]", LLAMA, "adapter on `lm_head`", "write `targets: [q_proj]`"),
+        (head_is_no_target, "[lm_head]", LLAMA, "adapter on `lm_head`", "write `targets: all-linear`"),
+    ],
+)
+def test_bad_targets(rule, targets, config, message, hint) -> None:
+    text = changed(TARGETS, f"targets: {targets}")
+    expect(run(rule, text, config=config), message, hint, place(text, targets))
+
+
+def test_a_full_path_and_all_linear_are_targets() -> None:
+    assert run(targets_are_layers, changed(TARGETS, "targets: [layers.0.self_attn.q_proj]"), config=LLAMA) is None
+    assert run(targets_are_layers, changed(TARGETS, "targets: all-linear"), config=LLAMA) is None
+
+
+@pytest.mark.parametrize(
+    ("exclude", "message", "hint"),
+    [
+        (".*mlp.*", "leaves the vision tower out", "write `exclude: .*mlp.*|.*(vision|visual).*`"),
+        ('"(oops"', "not a regular expression", "remove `exclude`"),
+    ],
+)
+def test_bad_exclude(exclude, message, hint) -> None:
+    text = changed(TARGETS, f"targets: all-linear, exclude: {exclude}")
+    expect(run(tower_left_out, text), message, hint, place(text, exclude))
+
+
+def test_an_exclude_that_names_the_tower_or_a_text_only_base_is_fine() -> None:
+    text = changed(TARGETS, "targets: all-linear, exclude: .*vision_tower.*")
+    assert run(tower_left_out, text) is None
+    assert run(tower_left_out, changed(TARGETS, "targets: all-linear, exclude: .*mlp.*"), config=LLAMA) is None
+    slow = changed(TARGETS, 'targets: all-linear, exclude: "(.+)+x"')
+    assert "vision tower" in run(tower_left_out, slow).message
+
+
+def test_bad_packing() -> None:
+    text = changed("^  learning_rate: 2e-4$", "  learning_rate: 2e-4\n  packing: true")
+    expect(run(packing_needs_flash, text), "flash-attention", "write `packing: false`", place(text, "true\n  lora"))
+    finding = run(packing_needs_flash, text, scripts=WITH_KERNELS)
+    assert "kernels-community/flash-attn2" in finding.hint
+    told = with_sft("model_init_kwargs: {attn_implementation: kernels-community/flash-attn2}", text + "\n")
+    assert run(packing_needs_flash, told, scripts=WITH_KERNELS) is None
+    assert run(packing_needs_flash, changed("flavor: a10g-large", "flavor: cpu-xl", text)) is None
+
+
+def test_bad_attention() -> None:
+    text = with_sft("model_init_kwargs: {attn_implementation: flash_attention_2}")
+    expect(run(attention_can_load, text), "needs `kernels`", "remove `attn_impl", place(text, "flash_attention_2"))
+    assert run(attention_can_load, text, scripts=WITH_KERNELS) is None
+    text = with_sft("model_init_kwargs: {attn_implementation: sdpa}")
+    finding = run(attention_can_load, text, config={"model_type": "gemma2"})
+    expect(finding, "`gemma2` has no `sdpa`", "write `attn_implementation: eager`", place(text, "sdpa"))
+    assert run(attention_can_load, text, config=LLAMA) is None
+
+
+def test_bad_experts() -> None:
+    finding = run(experts_stay_large, config=MOE, shape=None)
+    expect(finding, "leaves the 128 experts", "write `method: lora`", place(GOOD, "qlora"))
+    assert run(experts_stay_large, changed("method: qlora", "method: lora"), config=MOE, shape=None) is None
+
+
+def test_the_layers_are_those_of_the_installed_transformers() -> None:
+    """Read as text: importing transformers takes seconds."""
+    models = Path(sysconfig.get_paths()["purelib"]) / "transformers/models"
+    if not models.is_dir():
+        pytest.skip("transformers is not installed here")
+    for kind, names in LAYERS.items():
+        family = {"gemma3_text": "gemma3", "gemma4_text": "gemma4", "qwen3_5_text": "qwen3_5", "mistral3": "mistral"}
+        family = family.get(kind, kind)
+        text = (models / family / f"modeling_{family}.py").read_text(encoding="utf-8")
+        made = set(re.findall(r"self\.(\w+) = \(?\s*nn\.Linear", text))
+        assert set(names) <= made, kind
