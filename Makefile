@@ -40,7 +40,7 @@ test: $(VENV)/.dev ## every test
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-fast: $(VENV)/.dev ## the tests that need no torch
-	$(BIN)/python -m pytest -m "not slow" -n $(JOBS)
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist worksteal
 
 lint: $(VENV)/.dev ## ruff, types, generated files
 	$(BIN)/ruff check .

@@ -168,6 +168,58 @@ def run(
 
 
 @app.command()
+def rehearse(
+    path: Annotated[Path, typer.Argument(help="An experiment file.", show_default=False, readable=False)],
+) -> None:
+    """Run the whole chain on this CPU, on a tiny twin of the base, with the first rows of the data.
+
+    \b
+    mergetune rehearse experiments/examples/quickstart.yaml
+
+    Exit code: 0 passed, 1 a stage failed, 2 the file is invalid.
+    """
+    from pipeline.progress import make_display
+    from pipeline.rehearse import rehearse as carry_through
+
+    root, file, facts = _checked(path)
+    try:
+        result = carry_through(file, facts, root, make_display(sys.stderr))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise typer.Exit(130) from None
+    print(result.summary())
+    if result.failure is not None:
+        print(f"\n{result.failure.as_text()}\n\nlogs: {result.folder}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command()
+def fit(
+    path: Annotated[Path | None, typer.Argument(help="An experiment file.", show_default=False, readable=False)] = None,
+    model: Annotated[str | None, typer.Option(help="A base of the catalogue, or a folder with a config.json.")] = None,
+    method: Annotated[str, typer.Option(help="With --model: qlora, lora or full.")] = "qlora",
+    rank: Annotated[int, typer.Option(help="With --model: rank of the adapter on every linear layer.", min=1)] = 16,
+    format: Annotated[RunFormat, typer.Option(help="How to print the table.")] = RunFormat.TEXT,
+) -> None:
+    """Show which flavors fit a training at which max_length, cheapest first. Works offline.
+
+    \b
+    mergetune fit experiments/coach.yaml
+    mergetune fit --model google/gemma-3-12b-it --rank 64
+    """
+    from pipeline.fit_request import fit_of_experiment, fit_of_model
+    from pipeline.report import fit_as_dict, render_fit
+
+    if (path is None) == (model is None):
+        raise UserError("pass an experiment file or `--model`", "`mergetune fit --model Qwen/Qwen3-8B`", exit_code=2)
+    title, fits = fit_of_model(model, method, rank) if model else fit_of_experiment(path or Path())
+    if format is RunFormat.JSON:
+        _print_json(fit_as_dict(fits))
+    else:
+        _print_markdown(render_fit(fits, title))
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of the experiment file (what `experiments/_schema.json` holds).
 
@@ -204,18 +256,24 @@ def main() -> None:
 
 def _planned(path: Path) -> tuple[Path, Any, Any]:
     """The repository root, the facts and the plan of one experiment; rule errors stop here."""
+    from pipeline.plan import make_plan
+
+    root, file, facts = _checked(path)
+    return root, facts, make_plan(file.experiment, facts)
+
+
+def _checked(path: Path) -> tuple[Path, Any, Any]:
+    """The repository root, one loaded experiment and its facts; rule errors stop here, warnings are printed."""
+    from pipeline.check import gather_facts, run_rules
     from pipeline.errors import InvalidExperiment, Severity
     from pipeline.loader import load_experiment
-    from pipeline.plan import make_plan
-    from pipeline.rules import ALL_RULES, Subject
     from pipeline.settings import find_root, load_settings
-    from pipeline.workspace import read_facts, shown_path
+    from pipeline.workspace import shown_path
 
     root = find_root(_start([path]))
     file = load_experiment(path, shown_path(path, root))
-    facts = read_facts(file.experiment, root)
-    subject = Subject(file, facts, load_settings(root))
-    findings = [finding for rule in ALL_RULES if (finding := rule.run(subject)) is not None]
+    facts = gather_facts(file.experiment, root)
+    findings = run_rules(file, facts, load_settings(root))
     errors = tuple(finding for finding in findings if finding.severity is Severity.ERROR)
     if errors:
         failure = InvalidExperiment(errors)
@@ -223,7 +281,7 @@ def _planned(path: Path) -> tuple[Path, Any, Any]:
         raise failure
     for finding in findings:
         print(f"{finding.as_text()}\n", file=sys.stderr)
-    return root, facts, make_plan(file.experiment, facts)
+    return root, file, facts
 
 
 def _start(paths: list[Path] | None) -> Path:

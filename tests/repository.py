@@ -166,9 +166,11 @@ def make_repository(root: Path) -> Repository:
     (root / "experiments/small.yaml").write_text(EXPERIMENT)
     for example in (ROOT / "experiments/examples").glob("*.yaml"):
         (root / "experiments/examples" / example.name).write_text(example.read_text(encoding="utf-8"))
-    (root / "data.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    rows = [{"prompt": f"what is {number}?", "completion": f"it is {number}"} for number in range(40)]
+    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (root / "prompts.jsonl").write_text('{"prompt": "a"}\n')
-    (root / "base/config.json").write_text("{}")
+    (root / "base/config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    (root / "base/chat_template.jinja").write_text("{{ messages }}")
     for name in ("train_sft", "merge_adapter", "convert_gguf", "evaluate"):
         (root / f"scripts/{name}.py").write_text(SCRIPT.replace("KNOBS", repr(str(root / "knobs"))))
     return Repository(root)

@@ -11,10 +11,13 @@ from repository import ROOT, Repository, make_repository
 @pytest.fixture(scope="module")
 def repo(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     made = make_repository(tmp_path_factory.mktemp("repo"))
+    other = changed("2e-4", "1e-4", changed("acme/coach-12b", "acme/warned"))
     for name, text in {
         "coach": GOOD,
-        "warned": changed("name: coach", "name: warned", changed(", revision: 96b6f1e", "")),
-        "wrong": changed("name: coach", "name: wrong", changed("acme/coach-12b", "acne/coach-12b")),
+        "warned": changed("name: coach", "name: warned", changed(", revision: 96b6f1e", "", other)),
+        "wrong": changed("name: coach", "name: wrong", changed("acme/coach-12b", "acne/coach-12b")).replace(
+            "2e-4", "3e-4"
+        ),
         "broken": changed("epochs: 3", "epoch: 3"),
     }.items():
         (made.root / f"other/{name}.yaml").parent.mkdir(exist_ok=True)
@@ -121,7 +124,7 @@ def test_outside_a_repository(tmp_path: Path, repo: Repository) -> None:
     assert "is not inside a mergetune repository" in done.stderr
 
 
-@pytest.mark.parametrize("verb", ["init", "check", "plan", "run"])
+@pytest.mark.parametrize("verb", ["init", "check", "plan", "fit", "rehearse", "run"])
 def test_every_verb_helps_with_an_example(repo: Repository, verb: str) -> None:
     done = repo.call(verb, "--help")
     assert done.returncode == 0
@@ -140,3 +143,27 @@ def test_a_closed_pipe_is_no_bug(repo: Repository) -> None:
     process.stdout.close()
     _, errors = process.communicate(timeout=60)
     assert "Traceback" not in errors
+
+
+def test_fit_of_a_model_and_of_an_experiment(repo: Repository) -> None:
+    table = repo.call("fit", "--model", "google/gemma-3-12b-it", "--rank", "64")
+    assert table.returncode == 0, table.stderr
+    assert "| `a10g-large` | 1.50 | 22.06 |" in table.stdout
+    rows = json.loads(repo.call("fit", "other/coach.yaml", "--format", "json").stdout)
+    assert [row["usd_per_hour"] for row in rows] == sorted(row["usd_per_hour"] for row in rows)
+    needs = list(rows[0]["needs_gib"].values())
+    assert needs == sorted(needs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["fit"], "pass an experiment file or `--model`"),
+        (["fit", "--model", "google/gemma-3-12b"], "did you mean `google/gemma-3-12b-it`?"),
+        (["fit", "--model", "Qwen/Qwen3-8B", "--method", "dora"], "there is no method `dora`"),
+    ],
+)
+def test_fit_refuses(repo: Repository, arguments: list[str], said: str) -> None:
+    done = repo.call(*arguments)
+    assert done.returncode == 2
+    assert said in done.stderr

@@ -134,7 +134,7 @@ def test_killed_in_training_it_goes_on_from_the_checkpoint(tmp_path: Path) -> No
     [
         ("{not json", "not JSON"),
         ('{"messages": []}', "`messages` is empty"),
-        ('{"question": "x"}', "no messages"),
+        ('{"question": "x"}', "no known format: the row has `question`"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "no assistant turn"),
         ('{"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "y"}]}', "is empty"),
         ('{"messages": [{"role": "pilot", "content": "x"}, {"role": "assistant", "content": "y"}]}', "role `pilot`"),
@@ -146,12 +146,12 @@ def test_a_bad_row_is_named_before_anything_is_loaded(tmp_path: Path, row: str, 
     lines[16] = row
     (root / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     code, out, errors = finish(root)
-    assert (code, out) == (2, "")
-    assert "error: train: train.jsonl:17: " in errors
+    assert (code, out) == (1, "")
+    assert "experiments/short.yaml:4:17: error: `train.jsonl:17`: " in errors
     assert said in errors
     assert "\n\nhint: " in errors
     assert "Traceback" not in errors
-    assert "import libraries" not in errors
+    assert not (root / "runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,83 @@
+"""The rows of a rehearsal: the first ones of a data file, shortened, or made ones. Checks no row: the stages do."""
+
+import json
+from collections.abc import Iterable, Iterator
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+
+TEXT_KEYS = {"content", "value", "text", "prompt", "completion"}
+SHORTEST = 24  # characters that every text keeps, however many share a row
+
+
+def read_rows(path: Path, count: int) -> list[str]:
+    """The first lines of a JSONL file, or rows of a Parquet file as lines.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        if path.suffix == ".parquet":
+            parquet = import_module("pyarrow.parquet")
+            batch = next(parquet.ParquetFile(path).iter_batches(batch_size=count), None)
+            return [json.dumps(row, ensure_ascii=False, default=str) for row in batch.to_pylist()] if batch else []
+        with path.open(encoding="utf-8", errors="replace") as handle:
+            return [line.rstrip("\n") for line in islice(handle, count)]
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise UserError(f"`{path}` cannot be read: {error}", "check that the file is whole") from error
+
+
+def shorten(line: str, budget: int) -> str:
+    """A row with its texts cut to `budget` characters together. What is no JSON object stays, for its stage to name."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return line
+    texts = len(list(_texts_in(row)))
+    return json.dumps(_cut(row, max(SHORTEST, budget // max(texts, 1))), ensure_ascii=False)
+
+
+def synthetic_rows(count: int) -> list[str]:
+    """Conversations in the shape every `loss_on` takes, for data that is not in the repository."""
+    rows = []
+    for number in range(count):
+        question = f"What is the depth of the channel at buoy {number}, and who keeps its light?"
+        answer = f"At buoy {number} it is {number + 3} metres at low water. The harbour master keeps the light."
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        rows.append(json.dumps({"messages": turns}))
+    return rows
+
+
+def texts_of(lines: Iterable[str]) -> Iterator[str]:
+    """Every text of JSON lines that a row would be trained on or asked with; other lines have none."""
+    for line in lines:
+        try:
+            yield from _texts_in(json.loads(line))
+        except (ValueError, RecursionError):
+            continue
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, list):
+        for item in value:
+            yield from _texts_in(item)
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            if isinstance(inner, str) and key in TEXT_KEYS:
+                yield inner
+            else:
+                yield from _texts_in(inner)
+
+
+def _cut(value: Any, limit: int) -> Any:
+    if isinstance(value, list):
+        return [_cut(item, limit) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: inner[:limit] if isinstance(inner, str) and key in TEXT_KEYS else _cut(inner, limit)
+        for key, inner in value.items()
+    }

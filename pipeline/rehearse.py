@@ -1,0 +1,293 @@
+"""Rehearse an experiment: the whole chain, by the very job scripts, on this CPU, on the twin of its base.
+
+The rehearsal is a run like any other: a repository laid out in a temporary folder, with the twin as base and the first
+rows of the real data, carried through by the local backend. Nothing of it touches the network.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.backends.local import LocalRun
+from pipeline.errors import Place, UserError
+from pipeline.experiment import Experiment
+from pipeline.facts import Facts
+from pipeline.fields import is_path
+from pipeline.loader import ExperimentFile
+from pipeline.local_run import run_locally
+from pipeline.plan import make_plan
+from pipeline.progress import Display, Progress
+from pipeline.rehearsal_rows import read_rows, shorten, synthetic_rows, texts_of
+from pipeline.twin import TwinSpec, twin_of
+from pipeline.workspace import read_facts
+
+MAKER = "scripts/dev/make_twin.py"
+ROWS, HELD_OUT, PROMPTS, STEPS, ANSWER = 16, 4, 2, 2, 8
+BATCH, ACCUMULATION = 4, 2  # at most: a rehearsal repeats the code, not the work
+TEXT = 600  # characters of a row, shared by its turns: short rows keep two steps short
+MAX_LENGTH = 512  # tokens; rows of TEXT characters fit in it with any tokenizer and chat template
+BIG_VOCAB, BIG_TEXT, BIG_LENGTH = 50_000, 300, 256  # the CPU scores every token of the vocabulary, at every position
+WORD = re.compile(r"[\w.+-]*\w")
+
+
+@dataclass(frozen=True)
+class RehearsalResult:
+    """What a rehearsal found. `seconds` are wall time by step; `folder` is kept, for its logs, when it failed."""
+
+    seconds: dict[str, float]
+    proves: tuple[str, ...]
+    cannot_prove: tuple[str, ...]
+    substituted: tuple[str, ...]
+    failure: UserError | None = None
+    folder: Path | None = None
+
+    def summary(self) -> str:
+        """A few lines for a terminal."""
+        total = sum(self.seconds.values())
+        parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
+        lines = [f"rehearsal {'failed' if self.failure else 'passed'} in {total:.0f} s ({parts})"]
+        sections = (("proves", self.proves), ("cannot prove", self.cannot_prove), ("substituted", self.substituted))
+        for title, points in sections:
+            lines += [f"{title}:", *(f"  - {point}" for point in points)] if points else []
+        return "\n".join(lines)
+
+
+def rehearse(file: ExperimentFile, facts: Facts, root: Path, display: Display) -> RehearsalResult:
+    """Carry `file` through on the CPU; `facts` are the experiment's own, `root` its repository.
+
+    A stage that fails is part of the result, with its place in the experiment. KeyboardInterrupt passes on.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="mergetune-rehearsal-"))
+    watch = _Watch(display)
+    try:
+        spec, experiment, notes = lay_out(file.experiment, facts, root, folder)
+        watch.begin("twin")
+        display.say("twin: build")
+        _build_twin(spec, root, folder)
+        watch.begin(None)
+        twin_facts = read_facts(experiment, folder)
+        plan = make_plan(experiment, twin_facts)
+        run_locally(LocalRun(plan, twin_facts, folder, folder / "runs" / plan.run_id, "cpu"), watch)
+    except UserError as error:
+        failure = UserError(error.message, error.hint, at=place_of(error.message, file), exit_code=1)
+        return RehearsalResult(watch.finish(), (), (), (), failure, folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    substituted = (*spec.substituted, *notes)
+    return RehearsalResult(watch.finish(), _proves(experiment, spec), _cannot(file, watch.warnings), substituted)
+
+
+def lay_out(
+    experiment: Experiment, facts: Facts, root: Path, folder: Path
+) -> tuple[TwinSpec, Experiment, tuple[str, ...]]:
+    """Write the rehearsal's repository into `folder`: rows, prompts, links to the job scripts.
+
+    Returns the twin to build at `folder/twin`, the rehearsal's experiment, and what stands in for what.
+    """
+    (folder / "pyproject.toml").write_text("[tool.mergetune]\n", encoding="utf-8")
+    (folder / "scripts").symlink_to((root / "scripts").resolve(), target_is_directory=True)
+    script = experiment.train.script
+    if script and (root / script).exists() and not (folder / script).exists():
+        (folder / script).parent.mkdir(parents=True, exist_ok=True)
+        (folder / script).symlink_to((root / script).resolve())
+    model = experiment.base.model
+    base = (root / model).resolve() if is_path(model) else None
+    model_type = facts.shape.model_type if facts.shape else None
+    big = bool(base and facts.shape and facts.shape.vocab > BIG_VOCAB)
+    data, notes = _write_data(experiment, root, folder, BIG_TEXT if big else TEXT)
+    texts = [line for path in folder.glob("**/*.jsonl") for line in path.read_text(encoding="utf-8").splitlines()]
+    spec = twin_of(model, base, model_type, texts_of(texts), experiment.train.seed)
+    changed = _changed(experiment, data, big)
+    if not spec.gguf and changed["gguf"]:
+        changed["gguf"] = None
+        notes.append("gguf is left out: llama.cpp knows only the published tokenizer of this family, not a stand-in")
+    changed["train"]["max_length"] = _max_length(experiment, spec, big)
+    return spec, Experiment.model_validate(changed), tuple(notes)
+
+
+def place_of(message: str, file: ExperimentFile) -> Place | None:
+    """The place in the experiment that an error message speaks of: by dotted key, key name, value or data file."""
+    words = set(WORD.findall(message))
+    written = sorted((keys for keys in file.text.values if keys), key=len)
+    named = [keys for keys in written if len(keys) > 1 and ".".join(map(str, keys)) in words]
+    parent = named[-1] if named else None
+    if parent is None and Path(file.experiment.data.dataset).name in message:
+        return file.at("data.dataset")
+    told = {word for word in words if "_" in word} | set(re.findall(r"`(\w+)(?=[`:])", message))
+    below = [keys for keys in written if parent is not None and keys[: len(parent)] == parent != keys]
+    for keys in below:
+        if str(keys[-1]) in words or str(_value(file.text.data, keys)) in words:
+            return file.text.at_key(keys)
+    if parent is not None:
+        return file.text.at_key(parent)
+    guess = next((keys for keys in reversed(written) if len(keys) > 1 and str(keys[-1]) in told), None)
+    return file.text.at_key(guess) if guess else None
+
+
+class _Watch:
+    """A display that also takes the time of each stage and keeps what only a GPU can show."""
+
+    def __init__(self, display: Display) -> None:
+        self.display = display
+        self.seconds: dict[str, float] = {}
+        self.warnings: list[str] = []
+        self._current: str | None = None
+        self._since = time.monotonic()
+
+    def begin(self, name: str | None) -> None:
+        """Another step starts; None: between steps."""
+        now = time.monotonic()
+        if self._current is not None:
+            self.seconds[self._current] = round(self.seconds.get(self._current, 0.0) + now - self._since, 1)
+        self._current, self._since = name, now
+
+    def finish(self) -> dict[str, float]:
+        """The seconds of every step that began."""
+        self.begin(None)
+        return self.seconds
+
+    def show(self, progress: Progress, *, important: bool = False) -> None:
+        """Pass on; a change of stage stops one clock and starts the next."""
+        if progress.current is not None and progress.current.value != self._current:
+            self.begin(progress.current.value)
+        self.display.show(progress, important=important)
+
+    def say(self, message: str) -> None:
+        """Pass on, and remember what was left out."""
+        if ": warning: " in message and "needs a GPU" in message:  # others speak of random weights and few rows
+            self.warnings.append(message.partition(": warning: ")[2])
+        self.display.say(message)
+
+    def close(self) -> None:
+        """Pass on."""
+        self.display.close()
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Paths in the rehearsal's repository."""
+
+    dataset: str
+    eval: str | None = None
+    prompts: str | None = None
+
+
+def _write_data(experiment: Experiment, root: Path, folder: Path, budget: int) -> tuple[_Data, list[str]]:
+    """Rows, held-out rows and prompts, each in a folder of its own: never through the link to the job scripts."""
+    source = experiment.data
+    data = _Data(_target("rows", source.dataset))
+    notes = [_write_rows(source.dataset, folder / data.dataset, root, ROWS, budget)]
+    if source.eval and (source.eval.dataset or source.eval.split):
+        held_out = source.eval.dataset or f"{source.dataset}:{source.eval.split}"
+        data = replace(data, eval=_target("held-out", held_out))
+        notes.append(_write_rows(held_out, folder / str(data.eval), root, HELD_OUT, budget))
+    if experiment.evaluate and (prompts := experiment.evaluate.prompts):
+        data = replace(data, prompts=_target("prompts", prompts))
+        notes.append(_write_rows(prompts, folder / str(data.prompts), root, PROMPTS, budget))
+    return data, notes
+
+
+def _target(place: str, source: str) -> str:
+    """Where rows go: under the name of their file, which messages repeat."""
+    return f"./{place}/{Path(source).with_suffix('.jsonl').name if is_path(source) else 'made.jsonl'}"
+
+
+def _write_rows(source: str, path: Path, root: Path, count: int, budget: int) -> str:
+    """Write the first rows of `source`, or made ones; says which."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if is_path(source):
+        lines = [shorten(line, budget) for line in read_rows(root / source, count)]
+        note = f"the first {len(lines)} rows of `{source}`, their texts cut to {budget} characters, stand for all of it"
+    else:
+        lines = synthetic_rows(count)
+        note = f"`{source}` is not in this repository: {count} made conversations stand in for its rows"
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return note
+
+
+def _changed(experiment: Experiment, data: _Data, big: bool) -> dict[str, Any]:
+    """The experiment's values with what a rehearsal changes: sources, lengths and counts. No choice of method."""
+    values = experiment.model_dump(mode="json", exclude_unset=True)
+    for section in ("merge", "gguf", "evaluate"):
+        values.setdefault(section, None)
+    values["base"] = {"model": "./twin"}
+    held_out = {"dataset": data.eval} if data.eval else values["data"].get("eval")
+    values["data"] = {"dataset": data.dataset, **({"eval": held_out} if held_out else {})}
+    train = experiment.train
+    values["train"] |= {
+        "max_steps": STEPS,
+        "save_steps": 1,
+        "batch_size": 1 if big else min(train.batch_size, BATCH),
+        "gradient_accumulation": min(train.gradient_accumulation, ACCUMULATION),
+        "tracking": "none",
+    }
+    if experiment.evaluate and values["evaluate"] is not None:
+        values["evaluate"] |= {
+            "max_new_tokens": min(experiment.evaluate.max_new_tokens, ANSWER),
+            "prompts": data.prompts,
+        }
+    return values
+
+
+def _max_length(experiment: Experiment, spec: TwinSpec, big: bool) -> int:
+    """Short; with a made tokenizer, which needs more tokens for the same text, whatever the experiment says."""
+    longest = BIG_LENGTH if big else MAX_LENGTH
+    return min(experiment.train.max_length, longest) if spec.tokenizer else longest
+
+
+def _build_twin(spec: TwinSpec, root: Path, folder: Path) -> None:
+    request, log = folder / "twin.json", folder / "twin.log"
+    request.write_text(spec.as_json(), encoding="utf-8")
+    command = [sys.executable, str(root / MAKER), str(request), str(folder / "twin")]
+    with log.open("wb") as out:
+        done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        last = (lines or ["no output"])[-1][:300]
+        bare = 'install what trains: `pip install "mergetune[train]"`' if "No module named" in last else None
+        raise UserError(f"the twin cannot be built: {last}", bare or f"the whole log: `{log}`")
+
+
+def _value(data: Any, keys: tuple[Any, ...]) -> Any:
+    for key in keys:
+        data = data[key]
+    return data
+
+
+def _proves(experiment: Experiment, spec: TwinSpec) -> tuple[str, ...]:
+    train = experiment.train
+    points = [f"`{train.method}` training starts, learns, checkpoints and saves with these settings"]
+    if train.sft:
+        points.append("the trainer takes every value of `train.sft`: " + ", ".join(train.sft))
+    if train.lora and train.lora.targets != "all-linear":
+        points.append("`train.lora.targets` are layers of this architecture")
+    if spec.tokenizer:
+        points.append("the chat template takes the first rows, and `loss_on` finds tokens to learn in them")
+    if experiment.merge:
+        points.append("the adapter merges into this architecture")
+    if experiment.gguf:
+        points.append(f"llama.cpp converts, quantizes and runs it: {', '.join(experiment.gguf.quants)}")
+    if experiment.evaluate:
+        points.append("the evaluation compares before and after")
+    return tuple(points)
+
+
+def _cannot(file: ExperimentFile, warnings: list[str]) -> tuple[str, ...]:
+    experiment = file.experiment
+    points = [
+        "that it fits the GPU and ends in time: `mergetune plan` estimates both",
+        "that the result is any good: the twin's weights are random",
+        "access: tokens, licences and repositories of the Hub are not touched",
+        f"what only whole rows of {experiment.train.max_length} tokens, or rows after the first {ROWS}, would show",
+    ]
+    if experiment.train.tracking != "none":
+        points.append(f"`train.tracking: {experiment.train.tracking}`, which needs the network")
+    return (*points, *dict.fromkeys(warnings))
