@@ -9,7 +9,8 @@ JOBS ?= 2
 ifeq ($(shell uname -s)$(shell command -v nvidia-smi),Linux)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 endif
-EXTRA_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# torch alone, and first: with an index that cannot be reached pip tries several times for every package it asks for.
+TORCH := $(shell grep '^torch==' requirements/train.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
@@ -23,12 +24,13 @@ $(BIN)/python:
 
 $(VENV)/.train: requirements/train.txt pyproject.toml | $(BIN)/python
 	@echo "installing the training stack into $(VENV) (about 2 GB of disk, once)"
-	$(PIP) install $(EXTRA_INDEX) -r requirements/train.txt
+	$(if $(TORCH_INDEX),$(PIP) install --retries 1 --no-deps --extra-index-url $(TORCH_INDEX) $(TORCH))
+	$(PIP) install -r requirements/train.txt
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.dev: requirements/dev.txt $(VENV)/.train
-	$(PIP) install $(EXTRA_INDEX) -r requirements/dev.txt
+	$(PIP) install -r requirements/dev.txt
 	@touch $@
 
 setup: $(VENV)/.dev ## install everything into .venv

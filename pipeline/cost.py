@@ -44,6 +44,7 @@ class CostEstimate:
     expected_usd: float | None
     worst_usd: float
     band: float = BAND
+    needed_s: float | None = None  # what the work takes, also where that is longer than the timeout
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,11 @@ def estimate_cost(
     `CONTAINER_START_S` covers the image pull and the install of the script's dependencies, `setup_s` what the stage
     does before its work.
     """
-    total = None if seconds is None else min(seconds + setup_s + CONTAINER_START_S, timeout_s)
+    needed = None if seconds is None else seconds + setup_s + CONTAINER_START_S
+    total = None if needed is None else min(needed, timeout_s)
     expected = None if total is None else _billed(total, flavor)
     band = CORRECTED_BAND if corrected else BAND
-    return CostEstimate(total, timeout_s, expected, _billed(timeout_s, flavor), band)
+    return CostEstimate(total, timeout_s, expected, _billed(timeout_s, flavor), band, needed)
 
 
 def setup_seconds(shape: ModelShape) -> float:

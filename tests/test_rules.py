@@ -7,7 +7,7 @@ import pytest
 from examples import GOOD, changed
 
 from pipeline.errors import Finding
-from pipeline.facts import Facts
+from pipeline.facts import DataFacts, Facts
 from pipeline.loader import parse_experiment
 from pipeline.models import CATALOGUE
 from pipeline.rules import ALL_RULES, Subject
@@ -62,6 +62,14 @@ BAD = [
         "costs $6.09, the budget is $5.00",
         "write `timeout: 196m` under `train`",
     ),
+    (
+        "TIM003",
+        "timeout: 4h",
+        "timeout: 1h",
+        Facts(shape=CATALOGUE["google/gemma-3-12b-it"], data=DataFacts(1000, 4_000_000)),
+        "`train` takes about ",
+        "under `train`",
+    ),
     ("TIM002", "max_usd: 10", "max_usd: 100", FACTS, "$100.00 is above this repository's cap", "write `max_usd: 50`"),
 ]
 
@@ -99,3 +107,11 @@ def test_the_flavor_of_the_memory_hint_is_accepted() -> None:
     assert finding is not None
     flavor = finding.hint.split("`")[1].removeprefix("flavor: ")
     assert finding_of("MEM002", changed("a10g-large", flavor, changed("max_length: 2048", "max_length: 16384"))) is None
+
+
+def test_the_timeout_of_the_duration_hint_is_accepted() -> None:
+    facts = replace(FACTS, data=DataFacts(1000, 4_000_000))
+    finding = finding_of("TIM003", changed("timeout: 4h", "timeout: 1h"), facts)
+    assert finding is not None
+    timeout = finding.hint.split("`")[1]
+    assert finding_of("TIM003", changed("timeout: 4h", timeout), facts) is None

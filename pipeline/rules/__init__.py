@@ -30,6 +30,7 @@ from pipeline.rules.experiment import (
     name_is_the_files_name,
     namespace_allowed,
     revision_pinned,
+    timeouts_hold,
     worst_case_within_budget,
 )
 from pipeline.rules.hardware import training_fits
@@ -121,6 +122,7 @@ ALL_RULES: tuple[Rule, ...] = (
     Rule("REL003", quants_keep_quality),
     Rule("TIM001", worst_case_within_budget),
     Rule("TIM002", budget_within_settings),
+    Rule("TIM003", timeouts_hold),
 )
 
 __all__ = ["ALL_RULES", "Rule", "Subject"]

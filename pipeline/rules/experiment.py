@@ -1,11 +1,15 @@
 """Rules about the file itself: names, pins, paths, money. Nothing here looks at hardware or data."""
 
+import math
+
 from pipeline.errors import Severity
 from pipeline.experiment import nearest
 from pipeline.fields import is_path
 from pipeline.flavors import FLAVORS
 from pipeline.plan import make_plan
 from pipeline.rules.rule import Subject, Verdict
+
+MARGIN = 1.3  # of the expected duration: what a timeout must leave
 
 
 def name_is_the_files_name(subject: Subject) -> Verdict | None:
@@ -96,6 +100,24 @@ def worst_case_within_budget(subject: Subject) -> Verdict | None:
     fits = f"write `timeout: {minutes}m` under `train`, or " if minutes > 0 else ""
     message = f"every stage running into its timeout costs ${plan.worst_usd:.2f}, the budget is ${budget:.2f}"
     return Verdict("budget.max_usd", message, f"{fits}write `max_usd: {plan.worst_usd:.2f}`")
+
+
+def timeouts_hold(subject: Subject) -> Verdict | None:
+    """Every stage ends well before its timeout
+
+    Why: A job killed by its timeout is paid for, and leaves at best a checkpoint.
+    Fix: A longer timeout, a faster flavor, fewer epochs. The estimate times 1.3 must fit.
+    """
+    if flavors_exist(subject) or subject.facts.missing:
+        return None
+    for stage in make_plan(subject.file.experiment, subject.facts).stages:
+        needed = stage.cost.needed_s
+        if needed is not None and needed * MARGIN > stage.timeout_s:
+            minutes = math.ceil(needed * MARGIN / 60)
+            words = f"`{stage.name}` takes about {needed / 60:.0f} minutes on `{stage.flavor.name}`"
+            message = f"{words}, its timeout is {stage.timeout_s / 60:.0f}"
+            return Verdict(f"{stage.name}.timeout", message, f"write `timeout: {minutes}m` under `{stage.name}`")
+    return None
 
 
 def budget_within_settings(subject: Subject) -> Verdict | None:
