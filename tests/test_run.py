@@ -91,7 +91,10 @@ def test_the_whole_chain_and_then_nothing_to_do(tmp_path: Path) -> None:
             assert path.suffix not in (".bin", ".pt", ".pkl")
     assert f"Held-out loss fell by {-metrics['loss_change_percent']:.1f} %" in out
     logs = {path: path.stat().st_mtime_ns for path in (root / "runs").rglob("log.txt")}
-    assert finish(root) == (0, out, errors.splitlines()[-1] + "\n")
+    code, again, told = finish(root)
+    assert (code, again) == (0, out)
+    assert told.endswith(f"report: {folders['train'].parents[1] / 'report.md'}\n")
+    assert "train: start" not in told
     assert {path: path.stat().st_mtime_ns for path in logs} == logs
 
 
