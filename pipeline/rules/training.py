@@ -3,26 +3,10 @@
 from typing import Any
 
 from pipeline.errors import Severity, excerpt
-from pipeline.experiment import Method, nearest
+from pipeline.experiment import OWNED_BY_TRAIN, Method, nearest
 from pipeline.rules.rule import Subject, Verdict
 
 # What scripts/train_sft.py decides (its FIELD_OF and OWNED; a test compares), less what another rule explains.
-EXPERIMENT_FIELD = {
-    "num_train_epochs": "train.epochs",
-    "max_steps": "train.max_steps",
-    "max_length": "train.max_length",
-    "per_device_train_batch_size": "train.batch_size",
-    "gradient_accumulation_steps": "train.gradient_accumulation",
-    "learning_rate": "train.learning_rate",
-    "completion_only_loss": "train.loss_on",
-    "assistant_only_loss": "train.loss_on",
-    "packing": "train.packing",
-    "seed": "train.seed",
-    "data_seed": "train.seed",
-    "save_steps": "train.save_steps",
-    "report_to": "train.tracking",
-    "hub_model_id": "output.repo",
-}
 _OWNED = """
 output_dir run_name project use_cpu bf16 fp16 trust_remote_code remove_unused_columns label_names ignore_data_skip
 train_sampling_strategy push_to_hub hub_strategy hub_token hub_private_repo hub_always_push hub_revision
@@ -32,6 +16,10 @@ logging_strategy logging_steps logging_nan_inf_filter dataset_kwargs dataset_tex
 pad_token
 """
 OWNED = frozenset(_OWNED.split())
+# The schema already refuses its own table; the script also decides `data_seed`, and the rest it owns without a field.
+EXPERIMENT_FIELD = {key: field for key, field in OWNED_BY_TRAIN.items() if key not in OWNED} | {
+    "data_seed": "train.seed"
+}
 OWNED_LOADING = ("dtype", "torch_dtype", "quantization_config", "device_map", "revision", "trust_remote_code")
 # Names that SFTConfig had, or that people expect it to have, and what says it now. `{}` is the value written.
 MOVED = {
