@@ -23,10 +23,9 @@ class Facts:
 
     `content` maps each in-repo path the experiment names to the sha256 of what stands there;
     `missing` lists the ones that are not there. `config` is the base's config.json, `chat_template` its template's
-    text, `sft_fields` the type word of every field of the pinned TRL's SFTConfig (`sft_choices`: the allowed values of
-    some), `scripts` the text of this plan's job
-    scripts by path, `others` the other experiments of the same check, `dataset` what its
-    in-repo data file holds.
+    text (empty: it has none), `sft_fields` the type word of every field of the pinned TRL's SFTConfig (`sft_choices`:
+    the allowed values of some), `scripts` the text of this plan's job scripts by path, `others` the other experiments
+    of the same check, `dataset` what its in-repo data file holds.
     """
 
     content: Mapping[str, str] = field(default_factory=dict)

@@ -98,11 +98,17 @@ def _config(base: Path) -> Mapping[str, Any] | None:
 
 @lru_cache(maxsize=256)
 def _chat_template(base: Path) -> str | None:
-    """The base's chat template: a file of its own, else a key of tokenizer_config.json."""
+    """The base's chat template: a file of its own, else a key of tokenizer_config.json.
+
+    Empty when the base has none; None when it is kept in a form that is not read here (several, or inside JSON).
+    """
     if (base / "chat_template.jinja").is_file():
         return _text(base / "chat_template.jinja")
     template = (_json_object(base / "tokenizer_config.json") or {}).get("chat_template")
-    return template if isinstance(template, str) else None
+    if isinstance(template, str):
+        return template
+    elsewhere = any((base / name).exists() for name in ("chat_template.json", "additional_chat_templates"))
+    return None if elsewhere or template is not None else ""
 
 
 def _json_object(path: Path) -> Mapping[str, Any] | None:

@@ -93,3 +93,24 @@ def test_bad_settings(tmp_path: Path, toml: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         load_settings(tmp_path)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("files", "template"),
+    [
+        ({}, ""),
+        ({"tokenizer_config.json": "{}"}, ""),
+        ({"tokenizer_config.json": '{"chat_template": "{{ x }}"}'}, "{{ x }}"),
+        ({"chat_template.jinja": "{{ y }}", "tokenizer_config.json": '{"chat_template": "{{ x }}"}'}, "{{ y }}"),
+        ({"tokenizer_config.json": '{"chat_template": [{"name": "default"}]}'}, None),
+        ({"chat_template.json": "{}"}, None),
+    ],
+)
+def test_a_base_without_a_chat_template_is_known_to_have_none(
+    tmp_path: Path, files: dict[str, str], template: str | None
+) -> None:
+    (tmp_path / "base").mkdir()
+    for name, text in {"config.json": "{}", **files}.items():
+        (tmp_path / "base" / name).write_text(text)
+    (tmp_path / "base/config.json").write_text('{"model_type": "llama"}')
+    assert read_facts(parse_experiment(LOCAL).experiment, tmp_path).chat_template == template
