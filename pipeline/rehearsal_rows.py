@@ -13,31 +13,37 @@ TEXT_KEYS = {"content", "value", "text", "prompt", "completion"}
 SHORTEST = 24  # characters that every text keeps, however many share a row
 
 
-def read_rows(path: Path, count: int) -> list[str]:
-    """The first lines of a JSONL file, or rows of a Parquet file as lines.
+def copy_first_rows(source: Path, target: Path, count: int, budget: int) -> list[str]:
+    """Write the first rows of a data file to `target` in its format, their texts cut to `budget` characters a row.
+
+    Returns the rows as JSON lines. A line that is no JSON object stays, for its stage to name.
 
     Raises:
         UserError: it cannot be read.
     """
     try:
-        if path.suffix == ".parquet":
-            parquet = import_module("pyarrow.parquet")
-            batch = next(parquet.ParquetFile(path).iter_batches(batch_size=count), None)
-            return [json.dumps(row, ensure_ascii=False, default=str) for row in batch.to_pylist()] if batch else []
-        with path.open(encoding="utf-8", errors="replace") as handle:
-            return [line.rstrip("\n") for line in islice(handle, count)]
-    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-        raise UserError(f"`{path}` cannot be read: {error}", "check that the file is whole") from error
+        if source.suffix == ".parquet":
+            return _copy_parquet(source, target, count, budget)
+        with source.open(encoding="utf-8", errors="replace") as handle:
+            lines = [shorten(line.rstrip("\n"), budget) for line in islice(handle, count)]
+    except (OSError, ValueError) as error:
+        raise UserError(f"`{source}` cannot be read: {error}", "check that the file is whole") from error
+    write_lines(target, lines)
+    return lines
+
+
+def write_lines(target: Path, lines: Iterable[str]) -> None:
+    """Write JSON lines."""
+    target.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def shorten(line: str, budget: int) -> str:
-    """A row with its texts cut to `budget` characters together. What is no JSON object stays, for its stage to name."""
+    """A row with its texts cut to `budget` characters together."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return line
-    texts = len(list(_texts_in(row)))
-    return json.dumps(_cut(row, max(SHORTEST, budget // max(texts, 1))), ensure_ascii=False)
+    return json.dumps(_shorter(row, budget), ensure_ascii=False)
 
 
 def synthetic_rows(count: int) -> list[str]:
@@ -70,6 +76,28 @@ def _texts_in(value: Any) -> Iterator[str]:
                 yield inner
             else:
                 yield from _texts_in(inner)
+
+
+def _copy_parquet(source: Path, target: Path, count: int, budget: int) -> list[str]:
+    """Columns keep their types, so that the job script meets what the whole file would give it."""
+    try:
+        arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
+    except ImportError as error:
+        hint = 'install what trains: `pip install "mergetune[train]"`'
+        raise UserError(f"`{source}` cannot be read: pyarrow is not installed", hint) from error
+    try:
+        with parquet.ParquetFile(source) as file:
+            batch = next(file.iter_batches(batch_size=count), None)
+            rows = [_shorter(row, budget) for row in batch.to_pylist()] if batch else []
+            parquet.write_table(arrow.Table.from_pylist(rows, schema=file.schema_arrow), target)
+    except arrow.ArrowException as error:
+        raise UserError(f"`{source}` cannot be read: {error}", "check that the file is whole") from error
+    return [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
+
+
+def _shorter(row: Any, budget: int) -> Any:
+    texts = len(list(_texts_in(row)))
+    return _cut(row, max(SHORTEST, budget // max(texts, 1)))
 
 
 def _cut(value: Any, limit: int) -> Any:

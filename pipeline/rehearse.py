@@ -4,7 +4,6 @@ The rehearsal is a run like any other: a repository laid out in a temporary fold
 rows of the real data, carried through by the local backend. Nothing of it touches the network.
 """
 
-import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.backends.local import LocalRun
-from pipeline.errors import Place, UserError
+from pipeline.errors import UserError
 from pipeline.experiment import Experiment
 from pipeline.facts import Facts
 from pipeline.fields import is_path
@@ -23,7 +22,8 @@ from pipeline.loader import ExperimentFile
 from pipeline.local_run import run_locally
 from pipeline.plan import make_plan
 from pipeline.progress import Display, Progress
-from pipeline.rehearsal_rows import read_rows, shorten, synthetic_rows, texts_of
+from pipeline.rehearsal_place import placed
+from pipeline.rehearsal_rows import copy_first_rows, synthetic_rows, texts_of, write_lines
 from pipeline.twin import TwinSpec, twin_of
 from pipeline.workspace import read_facts
 
@@ -33,7 +33,6 @@ BATCH, ACCUMULATION = 4, 2  # at most: a rehearsal repeats the code, not the wor
 TEXT = 600  # characters of a row, shared by its turns: short rows keep two steps short
 MAX_LENGTH = 512  # tokens; rows of TEXT characters fit in it with any tokenizer and chat template
 BIG_VOCAB, BIG_TEXT, BIG_LENGTH = 50_000, 300, 256  # the CPU scores every token of the vocabulary, at every position
-WORD = re.compile(r"[\w.+-]*\w")
 
 
 @dataclass(frozen=True)
@@ -58,15 +57,28 @@ class RehearsalResult:
         return "\n".join(lines)
 
 
-def rehearse(file: ExperimentFile, facts: Facts, root: Path, display: Display) -> RehearsalResult:
+@dataclass(frozen=True)
+class Found:
+    """Files of Hub sources that were fetched before: a folder of the base's small files, files of rows."""
+
+    base: Path | None = None
+    rows: Path | None = None
+    held_out: Path | None = None
+
+
+def rehearse(
+    file: ExperimentFile, facts: Facts, root: Path, display: Display, found: Found | None = None
+) -> RehearsalResult:
     """Carry `file` through on the CPU; `facts` are the experiment's own, `root` its repository.
 
     A stage that fails is part of the result, with its place in the experiment. KeyboardInterrupt passes on.
     """
     folder = Path(tempfile.mkdtemp(prefix="mergetune-rehearsal-"))
     watch = _Watch(display)
+    substituted: tuple[str, ...] = ()
     try:
-        spec, experiment, notes = lay_out(file.experiment, facts, root, folder)
+        spec, experiment, notes = lay_out(file.experiment, facts, root, folder, found or Found())
+        substituted = (*spec.substituted, *notes)
         watch.begin("twin")
         display.say("twin: build")
         _build_twin(spec, root, folder)
@@ -75,18 +87,18 @@ def rehearse(file: ExperimentFile, facts: Facts, root: Path, display: Display) -
         plan = make_plan(experiment, twin_facts)
         run_locally(LocalRun(plan, twin_facts, folder, folder / "runs" / plan.run_id, "cpu"), watch)
     except UserError as error:
-        failure = UserError(error.message, error.hint, at=place_of(error.message, file), exit_code=1)
-        return RehearsalResult(watch.finish(), (), (), (), failure, folder)
+        stage = watch.stage
+        return RehearsalResult(watch.finish(), (), (), substituted, placed(error, file, stage), folder)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)
-    substituted = (*spec.substituted, *notes)
-    return RehearsalResult(watch.finish(), _proves(experiment, spec), _cannot(file, watch.warnings), substituted)
+    cannot = _cannot(file, spec, watch.warnings)
+    return RehearsalResult(watch.finish(), _proves(experiment, spec), cannot, substituted)
 
 
 def lay_out(
-    experiment: Experiment, facts: Facts, root: Path, folder: Path
+    experiment: Experiment, facts: Facts, root: Path, folder: Path, found: Found
 ) -> tuple[TwinSpec, Experiment, tuple[str, ...]]:
     """Write the rehearsal's repository into `folder`: rows, prompts, links to the job scripts.
 
@@ -99,37 +111,14 @@ def lay_out(
         (folder / script).parent.mkdir(parents=True, exist_ok=True)
         (folder / script).symlink_to((root / script).resolve())
     model = experiment.base.model
-    base = (root / model).resolve() if is_path(model) else None
+    base = (root / model).resolve() if is_path(model) else found.base
     model_type = facts.shape.model_type if facts.shape else None
     big = bool(base and facts.shape and facts.shape.vocab > BIG_VOCAB)
-    data, notes = _write_data(experiment, root, folder, BIG_TEXT if big else TEXT)
-    texts = [line for path in folder.glob("**/*.jsonl") for line in path.read_text(encoding="utf-8").splitlines()]
-    spec = twin_of(model, base, model_type, texts_of(texts), experiment.train.seed)
+    data = _write_data(experiment, root, found, folder, BIG_TEXT if big else TEXT)
+    spec = twin_of(model, base, model_type, texts_of(data.lines), experiment.train.seed)
     changed = _changed(experiment, data, big)
-    if not spec.gguf and changed["gguf"]:
-        changed["gguf"] = None
-        notes.append("gguf is left out: llama.cpp knows only the published tokenizer of this family, not a stand-in")
     changed["train"]["max_length"] = _max_length(experiment, spec, big)
-    return spec, Experiment.model_validate(changed), tuple(notes)
-
-
-def place_of(message: str, file: ExperimentFile) -> Place | None:
-    """The place in the experiment that an error message speaks of: by dotted key, key name, value or data file."""
-    words = set(WORD.findall(message))
-    written = sorted((keys for keys in file.text.values if keys), key=len)
-    named = [keys for keys in written if len(keys) > 1 and ".".join(map(str, keys)) in words]
-    parent = named[-1] if named else None
-    if parent is None and Path(file.experiment.data.dataset).name in message:
-        return file.at("data.dataset")
-    told = {word for word in words if "_" in word} | set(re.findall(r"`(\w+)(?=[`:])", message))
-    below = [keys for keys in written if parent is not None and keys[: len(parent)] == parent != keys]
-    for keys in below:
-        if str(keys[-1]) in words or str(_value(file.text.data, keys)) in words:
-            return file.text.at_key(keys)
-    if parent is not None:
-        return file.text.at_key(parent)
-    guess = next((keys for keys in reversed(written) if len(keys) > 1 and str(keys[-1]) in told), None)
-    return file.text.at_key(guess) if guess else None
+    return spec, Experiment.model_validate(changed), data.notes
 
 
 class _Watch:
@@ -139,15 +128,15 @@ class _Watch:
         self.display = display
         self.seconds: dict[str, float] = {}
         self.warnings: list[str] = []
-        self._current: str | None = None
+        self.stage: str | None = None
         self._since = time.monotonic()
 
     def begin(self, name: str | None) -> None:
         """Another step starts; None: between steps."""
         now = time.monotonic()
-        if self._current is not None:
-            self.seconds[self._current] = round(self.seconds.get(self._current, 0.0) + now - self._since, 1)
-        self._current, self._since = name, now
+        if self.stage is not None:
+            self.seconds[self.stage] = round(self.seconds.get(self.stage, 0.0) + now - self._since, 1)
+        self.stage, self._since = name, now
 
     def finish(self) -> dict[str, float]:
         """The seconds of every step that began."""
@@ -156,7 +145,7 @@ class _Watch:
 
     def show(self, progress: Progress, *, important: bool = False) -> None:
         """Pass on; a change of stage stops one clock and starts the next."""
-        if progress.current is not None and progress.current.value != self._current:
+        if progress.current is not None and progress.current.value != self.stage:
             self.begin(progress.current.value)
         self.display.show(progress, important=important)
 
@@ -173,44 +162,45 @@ class _Watch:
 
 @dataclass(frozen=True)
 class _Data:
-    """Paths in the rehearsal's repository."""
+    """Paths in the rehearsal's repository, the rows written there as JSON lines, and what they stand for."""
 
     dataset: str
     eval: str | None = None
     prompts: str | None = None
+    lines: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def plus(self, lines: list[str], note: str) -> "_Data":
+        """With more rows."""
+        return replace(self, lines=(*self.lines, *lines), notes=(*self.notes, note))
 
 
-def _write_data(experiment: Experiment, root: Path, folder: Path, budget: int) -> tuple[_Data, list[str]]:
+def _write_data(experiment: Experiment, root: Path, found: Found, folder: Path, budget: int) -> _Data:
     """Rows, held-out rows and prompts, each in a folder of its own: never through the link to the job scripts."""
+
+    def write(place: str, source: str, fetched: Path | None, count: int) -> tuple[str, list[str], str]:
+        file = root / source if is_path(source) else fetched
+        target = f"./{place}/{file.name if file else 'made.jsonl'}"  # messages repeat the file's name
+        (folder / place).mkdir()
+        if file is None:
+            write_lines(folder / target, lines := synthetic_rows(count))
+            note = f"`{source}` is not in this repository: {count} made conversations stand in for its rows"
+            return target, lines, note
+        lines = copy_first_rows(file, folder / target, count, budget)
+        note = f"the first {len(lines)} rows of `{source}`, their texts cut to {budget} characters, stand for all of it"
+        return target, lines, note
+
     source = experiment.data
-    data = _Data(_target("rows", source.dataset))
-    notes = [_write_rows(source.dataset, folder / data.dataset, root, ROWS, budget)]
+    target, lines, note = write("rows", source.dataset, found.rows, ROWS)
+    data = _Data(target).plus(lines, note)
     if source.eval and (source.eval.dataset or source.eval.split):
         held_out = source.eval.dataset or f"{source.dataset}:{source.eval.split}"
-        data = replace(data, eval=_target("held-out", held_out))
-        notes.append(_write_rows(held_out, folder / str(data.eval), root, HELD_OUT, budget))
+        target, lines, note = write("held-out", held_out, found.held_out, HELD_OUT)
+        data = replace(data, eval=target).plus(lines, note)
     if experiment.evaluate and (prompts := experiment.evaluate.prompts):
-        data = replace(data, prompts=_target("prompts", prompts))
-        notes.append(_write_rows(prompts, folder / str(data.prompts), root, PROMPTS, budget))
-    return data, notes
-
-
-def _target(place: str, source: str) -> str:
-    """Where rows go: under the name of their file, which messages repeat."""
-    return f"./{place}/{Path(source).with_suffix('.jsonl').name if is_path(source) else 'made.jsonl'}"
-
-
-def _write_rows(source: str, path: Path, root: Path, count: int, budget: int) -> str:
-    """Write the first rows of `source`, or made ones; says which."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if is_path(source):
-        lines = [shorten(line, budget) for line in read_rows(root / source, count)]
-        note = f"the first {len(lines)} rows of `{source}`, their texts cut to {budget} characters, stand for all of it"
-    else:
-        lines = synthetic_rows(count)
-        note = f"`{source}` is not in this repository: {count} made conversations stand in for its rows"
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return note
+        target, lines, note = write("prompts", prompts, None, PROMPTS)
+        data = replace(data, prompts=target).plus(lines, note)
+    return data
 
 
 def _changed(experiment: Experiment, data: _Data, big: bool) -> dict[str, Any]:
@@ -256,12 +246,6 @@ def _build_twin(spec: TwinSpec, root: Path, folder: Path) -> None:
         raise UserError(f"the twin cannot be built: {last}", bare or f"the whole log: `{log}`")
 
 
-def _value(data: Any, keys: tuple[Any, ...]) -> Any:
-    for key in keys:
-        data = data[key]
-    return data
-
-
 def _proves(experiment: Experiment, spec: TwinSpec) -> tuple[str, ...]:
     train = experiment.train
     points = [f"`{train.method}` training starts, learns, checkpoints and saves with these settings"]
@@ -280,7 +264,7 @@ def _proves(experiment: Experiment, spec: TwinSpec) -> tuple[str, ...]:
     return tuple(points)
 
 
-def _cannot(file: ExperimentFile, warnings: list[str]) -> tuple[str, ...]:
+def _cannot(file: ExperimentFile, spec: TwinSpec, warnings: list[str]) -> tuple[str, ...]:
     experiment = file.experiment
     points = [
         "that it fits the GPU and ends in time: `mergetune plan` estimates both",
@@ -288,6 +272,8 @@ def _cannot(file: ExperimentFile, warnings: list[str]) -> tuple[str, ...]:
         "access: tokens, licences and repositories of the Hub are not touched",
         f"what only whole rows of {experiment.train.max_length} tokens, or rows after the first {ROWS}, would show",
     ]
+    if spec.tokenizer is None:
+        points.append("that the base's own tokenizer and chat template pass: stand-ins took their place")
     if experiment.train.tracking != "none":
         points.append(f"`train.tracking: {experiment.train.tracking}`, which needs the network")
     return (*points, *dict.fromkeys(warnings))

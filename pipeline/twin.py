@@ -7,18 +7,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-Config = dict[str, Any]
+from pipeline.twin_families import (
+    EXPERTS,
+    FAMILIES,
+    FFN,
+    HEAD,
+    HEADS,
+    HIDDEN,
+    VISION,
+    VOCAB,
+    WINDOW,
+    Config,
+    Made,
+    default_config,
+    family_of,
+)
 
-# K-quants work on rows of 256 numbers (llama.cpp ggml-common.h, QK_K): every matrix of the twin has such rows.
-HIDDEN, FFN, HEADS, HEAD = 256, 512, 4, 64
-VISION = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-VISION |= {"image_size": 28, "patch_size": 14}
-VOCAB = 512  # of a tokenizer made for the twin
 LONGEST_PERIOD = 8  # a pattern of layers up to this long is kept whole (Gemma 3: five sliding, one full)
-WINDOW = 32  # tokens: short, so that the rows of a rehearsal reach over it
-EXPERTS = 4
-# The first ids of a tokenizer made for the twin; the reserved ones stand for image and audio markers of a base.
-SPECIALS = ("<unk>", "<s>", "</s>", "<pad>", *(f"<reserved_{number}>" for number in range(8)))
 TOWERS = ("vision_config", "audio_config")
 _TOKEN_KEY = re.compile(r"\w+_token_(id|index)")
 # What to set, when the config has the key at all.
@@ -49,77 +54,16 @@ _SIZES: Config = {
 
 
 @dataclass(frozen=True)
-class Family:
-    """A model type when no config can be had: its class, TRL's copy of its chat template, markers of its turns.
-
-    `spm`: llama.cpp's converter takes our SentencePiece tokenizer for it, with equal ids. The others need the published
-    tokenizer (Qwen and Phi get a space before each text), so a twin without the base's own files becomes no GGUF.
-    """
-
-    architecture: str
-    template: str | None
-    markers: tuple[str, ...] = ()
-    extra: Config | None = None
-    spm: bool = True
-
-
-_GEMMA = ("<start_of_turn>", "<end_of_turn>")
-_QWEN = ("<|im_start|>", "<|im_end|>")
-_PHI = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>")
-_LLAMA = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-_GPT_OSS = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>")
-_GEMMA_LAYERS = ["sliding_attention"] * 5 + ["full_attention"]
-_SLIDING: Config = {"layer_types": _GEMMA_LAYERS, "sliding_window": WINDOW, "num_hidden_layers": 6}
-_NO_LAYER_INPUT: Config = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
-_MOE: Config = {"num_experts_per_tok": 2, "tie_word_embeddings": False}
-# The shapes of the published config.json files, as far as the classes' own defaults do not give them.
-FAMILIES = {
-    "llama": Family("LlamaForCausalLM", "llama3", _LLAMA, {"tie_word_embeddings": False}),
-    "qwen2": Family("Qwen2ForCausalLM", "qwen2_5", _QWEN, {"tie_word_embeddings": True}, spm=False),
-    "qwen3": Family("Qwen3ForCausalLM", "qwen3", _QWEN, {"tie_word_embeddings": True}, spm=False),
-    "qwen3_moe": Family("Qwen3MoeForCausalLM", "qwen3", _QWEN, {**_MOE, "num_experts": EXPERTS}, spm=False),
-    "gemma3_text": Family("Gemma3ForCausalLM", "gemma3", _GEMMA, _SLIDING),
-    "gemma3": Family("Gemma3ForConditionalGeneration", "gemma3", _GEMMA, {"text_config": _SLIDING}),
-    "gemma4_text": Family("Gemma4ForCausalLM", "gemma4", ("<|turn>", "<turn|>"), {**_SLIDING, **_NO_LAYER_INPUT}),
-    "mistral": Family("MistralForCausalLM", None, ("[INST]", "[/INST]"), {"tie_word_embeddings": False}),
-    "phi3": Family("Phi3ForCausalLM", "phi3", _PHI, {"tie_word_embeddings": False}, spm=False),
-    "gpt_oss": Family("GptOssForCausalLM", "gptoss", _GPT_OSS, {**_MOE, "num_local_experts": EXPERTS}, spm=False),
-    "smollm3": Family("SmolLM3ForCausalLM", "qwen3", _QWEN, {"num_hidden_layers": 4, "tie_word_embeddings": True}),
-}
-# TRL ships no template of Mistral's: the turns of its published one, without tools.
-MISTRAL_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %} {{ m['content'] }}{{ eos_token }}"
-    "{% else %}[INST] {{ m['content'] }} [/INST]{% endif %}{% endfor %}"
-)
-_NAMES = (
-    (r"gemma-?4", "gemma4_text"),
-    (r"gemma-?3-(1b|270m)", "gemma3_text"),
-    (r"gemma", "gemma3"),
-    (r"qwen-?3.*-a\d+b", "qwen3_moe"),
-    (r"qwen-?3", "qwen3"),
-    (r"qwen", "qwen2"),
-    (r"gpt-oss", "gpt_oss"),
-    (r"smollm3", "smollm3"),
-    (r"mi[sn]i?stral", "mistral"),
-    (r"phi-?[34]", "phi3"),
-    (r"llama", "llama"),
-)
-
-
-@dataclass(frozen=True)
 class TwinSpec:
-    """What `scripts/dev/make_twin.py` builds. `tokenizer` is a folder to copy from; None makes one from `texts`."""
+    """What `scripts/dev/make_twin.py` builds. `tokenizer` is a folder to copy from; None makes `made` from `texts`."""
 
     config: Config
-    tokenizer: str | None
-    template: str | None
-    markers: tuple[str, ...]
-    specials: tuple[str, ...]
     vocab: int
-    texts: tuple[str, ...]
     seed: int
-    gguf: bool
-    substituted: tuple[str, ...]
+    tokenizer: str | None = None
+    made: Made | None = None
+    texts: tuple[str, ...] = ()
+    substituted: tuple[str, ...] = ()
 
     def as_json(self) -> str:
         """The spec as the maker reads it."""
@@ -137,7 +81,7 @@ def twin_of(model: str, folder: Path | None, model_type: str | None, texts: Iter
         return _default_twin(family, f"`{model}` is not in this repository: {why}", tuple(texts), seed)
     vocab = int(own.get("text_config", own).get("vocab_size", VOCAB))
     config = shrink_config(own, vocab)
-    return TwinSpec(config, str(folder), None, (), (), vocab, (), seed, True, ())
+    return TwinSpec(config, vocab, seed, tokenizer=str(folder))
 
 
 def read_config(folder: Path) -> Config | None:
@@ -147,35 +91,6 @@ def read_config(folder: Path) -> Config | None:
     except (OSError, ValueError):
         return None
     return loaded if isinstance(loaded, dict) else None
-
-
-def family_of(model: str, model_type: str | None) -> tuple[str, str]:
-    """The family that stands in for a base, and why that one, in words."""
-    if model_type in FAMILIES:
-        return model_type, f"the defaults of `{model_type}` stand in for its config, tokenizer and chat template"
-    name = model.rpartition("/")[2].lower()
-    for pattern, family in _NAMES:
-        if re.search(pattern, name):
-            return family, f"by its name it is `{family}`, whose defaults stand in"
-    return "llama", "its family is unknown, a Llama stands in"
-
-
-def default_config(family: str) -> Config:
-    """A minimal config of a family, already of the twin's size, for a tokenizer made for the twin."""
-    known = FAMILIES[family]
-    text = {"hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": 2, "num_attention_heads": HEADS}
-    text |= {"num_key_value_heads": 2, "head_dim": HEAD, "max_position_embeddings": 4096, "vocab_size": VOCAB}
-    extra = dict(known.extra or {})
-    config: Config = {"model_type": family, "architectures": [known.architecture], "dtype": "bfloat16"}
-    if "text_config" in extra:
-        config["text_config"] = {"model_type": f"{family}_text", **text, **extra.pop("text_config")}
-        config |= {"vision_config": dict(VISION), "mm_tokens_per_image": 4, **extra}
-        config |= {f"{name}_token_index": 10**6 for name in ("boi", "eoi", "image")}
-    else:
-        config |= {**text, **extra}
-    if family == "phi3":  # its class has no such field, and takes hidden size / heads
-        config.pop("head_dim")
-    return config
 
 
 def shrink_config(config: Mapping[str, Any], vocab: int, ids: Mapping[str, int] | None = None) -> Config:
@@ -293,8 +208,6 @@ def _with_ids(config: Config, ids: Mapping[str, int]) -> Config:
 
 
 def _default_twin(family: str, why: str, texts: tuple[str, ...], seed: int) -> TwinSpec:
-    known = FAMILIES[family]
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
     config = _with_ids(default_config(family), ids)
-    template = known.template or MISTRAL_TEMPLATE
-    return TwinSpec(config, None, template, known.markers, SPECIALS, VOCAB, texts, seed, known.spm, (why,))
+    return TwinSpec(config, VOCAB, seed, made=FAMILIES[family].tokenizer, texts=texts, substituted=(why,))

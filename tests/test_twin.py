@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.loader import parse_experiment
-from pipeline.rehearsal_rows import read_rows, shorten, synthetic_rows, texts_of
-from pipeline.rehearse import place_of
-from pipeline.twin import FAMILIES, default_config, family_of, layer_choice, shrink_config, twin_of
+from pipeline.twin import layer_choice, shrink_config, twin_of
+from pipeline.twin_families import FAMILIES, SPECIALS, default_config, family_of
 
 ROOT = Path(__file__).resolve().parents[1]
 LLAMA = {
@@ -111,7 +109,8 @@ def test_token_ids_of_a_stand_in_lie_in_its_vocabulary(family: str) -> None:
     text = spec.config.get("text_config", spec.config)
     assert (text["bos_token_id"], text["eos_token_id"], text["pad_token_id"]) == (1, 2, 3)
     assert text["vocab_size"] == spec.vocab
-    assert len(spec.specials) + len(spec.markers) + 256 < spec.vocab
+    assert spec.made is not None
+    assert len(SPECIALS) + len(spec.made.markers) + 256 < spec.vocab
     assert json.loads(spec.as_json())["config"] == spec.config
     assert default_config(family)["architectures"] == [FAMILIES[family].architecture]
 
@@ -134,7 +133,11 @@ def test_a_base_in_the_repository_is_its_own_template() -> None:
         ("Qwen/Qwen3-4B", None, "qwen3"),
         ("Qwen/Qwen2.5-7B-Instruct", None, "qwen2"),
         ("openai/gpt-oss-20b", None, "gpt_oss"),
-        ("microsoft/phi-4", None, "phi3"),
+        ("microsoft/phi-4", None, "phi4"),
+        ("microsoft/phi-4", "phi3", "phi4"),
+        ("microsoft/Phi-3-mini-4k-instruct", "phi3", "phi3"),
+        ("acme/own-phi", "phi3", "phi3"),
+        ("google/gemma-3-12b-it", "llama", "llama"),
         ("mistralai/Ministral-8B-Instruct", None, "mistral"),
         ("meta-llama/Llama-3.2-1B", None, "llama"),
         ("acme/house-model", None, "llama"),
@@ -146,54 +149,3 @@ def test_the_family_of_a_base_that_is_not_here(model: str, model_type: str | Non
     assert "stand" in why
     (note,) = twin_of(model, None, model_type, [], 0).substituted
     assert note.startswith(f"`{model}` is not in this repository: ")
-
-
-@pytest.mark.parametrize(
-    ("message", "line"),
-    [
-        ("train: `train.sft`: cosinee is not a valid SchedulerType", 9),
-        ("train: `train.sft.max_grad_norm` is not a field", 10),
-        ("train: `train.lora.targets`: Target modules {'qq'} not found", 11),
-        ("train: data.jsonl:3: not JSON", 4),
-        ("train: use a lower `learning_rate`", 7),
-        ("gguf: `model-bf16.gguf` failed the check `types`", 0),
-    ],
-)
-def test_an_error_finds_its_line(message: str, line: int) -> None:
-    text = """\
-name: x
-hypothesis: y
-base: {model: acme/x}
-data: {dataset: data.jsonl}
-train:
-  method: lora
-  learning_rate: 1e-4
-  sft:
-    lr_scheduler_type: cosinee
-    max_grad_norm: 1.0
-  lora: {targets: [qq]}
-  flavor: t4-small
-  timeout: 1h
-output: {repo: acme/x}
-budget: {max_usd: 1}
-"""
-    place = place_of(message, parse_experiment(text))
-    assert (place.line if place else 0) == line
-
-
-def test_a_row_is_shortened_text_by_text() -> None:
-    turns = [{"role": "user", "content": "q" * 900}, {"role": "assistant", "content": "a"}]
-    short = json.loads(shorten(json.dumps({"messages": turns, "id": "x" * 900}), 600))
-    assert short["messages"] == [{"role": "user", "content": "q" * 300}, {"role": "assistant", "content": "a"}]
-    assert short["id"] == "x" * 900
-    assert shorten("{not json", 600) == "{not json"
-    many = json.dumps({"messages": [{"role": "user", "content": "q" * 90}] * 100})
-    assert all(len(text) == 24 for text in texts_of([shorten(many, 600)]))
-
-
-def test_first_rows_and_made_rows(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": "a"}\n\n{"text": "b"}\n{"text": "c"}\n')
-    assert read_rows(path, 3) == ['{"text": "a"}', "", '{"text": "b"}']
-    assert list(texts_of([*read_rows(path, 3), "{not json", "3"])) == ["a", "b"]
-    assert len({*synthetic_rows(16)}) == 16

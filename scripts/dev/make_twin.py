@@ -3,8 +3,9 @@
     python scripts/dev/make_twin.py SPEC.json OUT
 
 SPEC.json is what `pipeline.twin.TwinSpec.as_json` writes. The tokenizer and its chat template are the base's own files,
-byte for byte, or a SentencePiece model made from the rows of the rehearsal, with the chat template that TRL ships for
-the family: llama.cpp's converter takes both. Needs torch, transformers, trl, sentencepiece; no network.
+byte for byte, or ones made from the rows of the rehearsal: byte-level BPE that cuts text as the family does, or a
+SentencePiece model, as llama.cpp's converter reads them for the family; with the chat template that TRL ships for it.
+Needs torch, transformers, trl, sentencepiece; no network.
 """
 
 import argparse
@@ -28,24 +29,90 @@ def add(a, b): return a + b  # 0123456789
 """
 
 
-def train_pieces(spec: dict[str, Any]) -> bytes:
-    """A SentencePiece BPE model with the spec's special tokens at its first ids, and bytes for what it never saw."""
+def write_tokenizer(folder: Path, spec: dict[str, Any]) -> None:
+    """A tokenizer made from the spec's texts, its special tokens at its first ids."""
+    made = spec["made"]
+    text = "\n".join([TEXT, *spec["texts"]])
+    make = write_bytes_tokenizer if made["cut"] else write_pieces_tokenizer
+    special, vocab = [*made["specials"], *made["markers"]], make(folder, made, text, spec["vocab"])
+    plain = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
+    config = {
+        "tokenizer_class": made["kind"],
+        **dict(zip(("unk_token", "bos_token", "eos_token", "pad_token"), special, strict=False)),
+        **dict.fromkeys(("add_bos_token", "add_eos_token", "clean_up_tokenization_spaces"), False),
+        "add_prefix_space": made["space"],
+        "extra_special_tokens": special[4:],
+        "added_tokens_decoder": {str(vocab[token]): {"content": token, **plain} for token in special},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(chat_template(made["template"]), encoding="utf-8")
+
+
+def write_bytes_tokenizer(folder: Path, made: dict[str, Any], text: str, size: int) -> dict[str, int]:
+    """Byte-level BPE that cuts text into words by the family's expression; returns the ids."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    special = [AddedToken(token, special=True, normalized=False) for token in (*made["specials"], *made["markers"])]
+    raw = Tokenizer(models.BPE(ignore_merges=made["ignore_merges"]))
+    cut = pre_tokenizers.Split(Regex(made["cut"]), behavior="isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.pre_tokenizer = pre_tokenizers.Sequence([cut, as_bytes])
+    raw.decoder = decoders.ByteLevel()
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=special, initial_alphabet=letters, show_progress=False
+    )
+    raw.train_from_iterator(text.splitlines(keepends=True), trainer)
+    (folder / "tokenizer.json").write_text(raw.to_str(), encoding="utf-8")
+    return raw.get_vocab()
+
+
+def write_pieces_tokenizer(folder: Path, made: dict[str, Any], text: str, size: int) -> dict[str, int]:
+    """The same pieces for llama.cpp (tokenizer.model) and for transformers (tokenizer.json); returns the ids."""
+    import sentencepiece
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+    pieces = train_pieces(made, text, size)
+    reader = sentencepiece.SentencePieceProcessor(model_proto=pieces)
+    vocab = {reader.id_to_piece(number): number for number in range(reader.get_piece_size())}
+    special = [*made["specials"], *made["markers"]]
+    merges = [
+        (number, piece[:cut], piece[cut:])
+        for piece, number in vocab.items()
+        for cut in range(1, len(piece))
+        if piece not in special and piece[:cut] in vocab and piece[cut:] in vocab
+    ]
+    merges.sort(key=lambda merge: (merge[0], vocab[merge[1]], vocab[merge[2]]))  # a lower id was merged first
+    pairs = [(left, right) for _, left, right in merges]
+    raw = Tokenizer(models.BPE(vocab=vocab, merges=pairs, unk_token=special[0], fuse_unk=True, byte_fallback=True))
+    spaces = normalizers.Replace(" ", "▁")
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if made["space"] else spaces
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    raw.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if made["space"] else steps)
+    raw.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    (folder / "tokenizer.model").write_bytes(pieces)
+    (folder / "tokenizer.json").write_text(raw.to_str(), encoding="utf-8")
+    return vocab
+
+
+def train_pieces(made: dict[str, Any], text: str, size: int) -> bytes:
+    """A SentencePiece BPE model, with bytes for what it never saw."""
     import sentencepiece
 
-    unk, bos, eos, pad, *control = spec["specials"]
+    unk, bos, eos, pad, *control = made["specials"]
     # A letter costs an id, and Chinese has more of them than the vocabulary: what is not ASCII stays bytes.
-    text = re.sub(r"[^\x20-\x7e\n]", "\n", "\n".join([TEXT, *spec["texts"]]))
-    made = io.BytesIO()
+    known = re.sub(r"[^\x20-\x7e\n]", "\n", text)
+    model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([line[:2000] for line in text.splitlines() if line.strip()]),
-        model_writer=made,
+        sentence_iterator=iter([line[:2000] for line in known.splitlines() if line.strip()]),
+        model_writer=model,
         model_type="bpe",
-        vocab_size=spec["vocab"],
+        vocab_size=size,
         hard_vocab_limit=False,
         byte_fallback=True,
         split_digits=True,
         normalization_rule_name="identity",
-        add_dummy_prefix=False,
+        add_dummy_prefix=made["space"],
         remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True,
         unk_id=0,
@@ -56,46 +123,11 @@ def train_pieces(spec: dict[str, Any]) -> bytes:
         bos_piece=bos,
         eos_piece=eos,
         pad_piece=pad,
-        control_symbols=[*control, *spec["markers"]],
+        control_symbols=[*control, *made["markers"]],
         num_threads=1,
         minloglevel=2,
     )
-    return made.getvalue()
-
-
-def write_tokenizer(folder: Path, spec: dict[str, Any]) -> None:
-    """The same pieces for llama.cpp (tokenizer.model) and for transformers (tokenizer.json)."""
-    import sentencepiece
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-
-    pieces = train_pieces(spec)
-    reader = sentencepiece.SentencePieceProcessor(model_proto=pieces)
-    vocab = {reader.id_to_piece(number): number for number in range(reader.get_piece_size())}
-    special = [*spec["specials"], *spec["markers"]]
-    merges = [
-        (number, vocab[piece[:cut]], vocab[piece[cut:]], piece[:cut], piece[cut:])
-        for piece, number in vocab.items()
-        for cut in range(1, len(piece))
-        if piece not in special and piece[:cut] in vocab and piece[cut:] in vocab
-    ]
-    pairs = [(left, right) for *_, left, right in sorted(merges)]  # a lower id was merged first
-    bpe = models.BPE(vocab=vocab, merges=pairs, unk_token=special[0], fuse_unk=True, byte_fallback=True)
-    raw = Tokenizer(bpe)
-    raw.normalizer = normalizers.Replace(" ", "▁")
-    raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    raw.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    plain = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **dict(zip(("unk_token", "bos_token", "eos_token", "pad_token"), special, strict=False)),
-        **dict.fromkeys(("add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces"), False),
-        "extra_special_tokens": special[4:],
-        "added_tokens_decoder": {str(vocab[token]): {"content": token, **plain} for token in special},
-    }
-    (folder / "tokenizer.model").write_bytes(pieces)
-    (folder / "tokenizer.json").write_text(raw.to_str(), encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(chat_template(spec["template"]), encoding="utf-8")
+    return model.getvalue()
 
 
 def chat_template(name: str) -> str:
