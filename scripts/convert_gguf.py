@@ -2,6 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "cmake==4.4.4",
+#   "httpx2==2.16.2",
 #   "huggingface_hub==2.4.0",
 #   "jinja2==3.1.6",
 #   "ninja==1.13.2",
@@ -39,18 +40,23 @@ import json
 import math
 import os
 import platform
+import random
 import re
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -118,6 +124,26 @@ KNOWN_FAULTS = {
     r"Failed to load shared library": "the cached llama.cpp is of another system: remove its folder and run again",
     r"No space left|iostream error": "free some space, or use `--runs-dir` with a folder on a larger disk",
 }
+# How byte-level BPE tokenizers cut text before they merge: (regular expression of tokenizer.json, `ignore_merges`) ->
+# llama.cpp's name for the same cut (src/llama-vocab.cpp, llm_tokenizer_bpe). None: ByteLevel's own expression.
+LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA_3_CUT = rf"{ENDING}|{LETTERS}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{REST}"
+QWEN_2_CUT = LLAMA_3_CUT.replace("{1,3}", "")
+WORD_START = r"[^\r\n\p{L}\p{N}]?"
+GPT_4O_CUT = (
+    rf"{WORD_START}{UPPER}*{LOWER}+{ENDING}?|{WORD_START}{UPPER}+{LOWER}*{ENDING}?|"
+    rf"\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{REST}"
+)
+PRE_TOKENIZERS = {
+    (LLAMA_3_CUT, True): "llama-bpe",
+    (LLAMA_3_CUT, False): "dbrx",
+    (QWEN_2_CUT, False): "qwen2",
+    (GPT_4O_CUT, False): "gpt-4o",
+    (None, False): "gpt-2",
+}
 # Plain text in which tokenizers differ: leading and double spaces, blank lines, tabs, emoji, CJK, digits, code.
 PROBES = {
     "words": "The harbour master counted forty boats before breakfast, then lost count.",
@@ -140,6 +166,8 @@ KL_TOKENS, ANSWER_TOKENS = 256, 16
 # --- shared: protocol. The same lines stand in every job script; tests/test_scripts.py compares them. ---
 SCHEMA = 1
 EVENT_PREFIX = "MERGETUNE "
+# In many repos beside the weights: the same weights again, and what belongs to the runs that made them.
+UNREAD = (".mergetune/*", "consolidated*", "original/*", "pytorch_model*", "*.pth", "*.gguf", "*.onnx", "*.h5")
 
 
 class InputError(Exception):
@@ -155,14 +183,15 @@ def emit(event: str, **fields: object) -> None:
     """Print one progress event: `MERGETUNE {json}` on a line of stdout. NaN and infinities become strings."""
     record = {"event": event, "time": round(time.time(), 3), **fields}
     safe = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    print(EVENT_PREFIX + json.dumps(safe, allow_nan=False), flush=True)
+    # One write: a second thread must not come between the text and its end of line.
+    print(EVENT_PREFIX + json.dumps(safe, allow_nan=False) + "\n", end="", flush=True)
 
 
 def load_run(path: str, stage: str) -> dict:
     """Read the resolved `run.json` of one stage.
 
     Raises:
-        InputError: not readable, not JSON, another schema version, or the run of another stage.
+        InputError: not readable, not JSON, another schema version, the run of another stage, or not its data.
     """
     try:
         run = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -174,17 +203,40 @@ def load_run(path: str, stage: str) -> dict:
         raise InputError(f"`{path}` is not a run.json of schema {SCHEMA}", "write it with this version of mergetune")
     if run.get("stage") != stage:
         raise InputError(f"`{path}` is for stage `{run.get('stage')}`, this script is `{stage}`", "pass the other one")
+    return at_home(run, Path(path).resolve().parent)
+
+
+def at_home(run: dict, folder: Path) -> dict:
+    """The run with what its writer could not know: full paths of inputs beside run.json, and a folder to write to."""
+    for source in run["inputs"].values():
+        given = Path(source.get("path", "/"))
+        if given.is_absolute():
+            continue
+        source |= {"path": str(folder / given), "said": str(given)}
+        known = source.get("sha256") if (folder / given).is_file() else None
+        if known and file_entry(folder, folder / given)["sha256"] != known:
+            raise InputError(f"`{given}` is not the file of the plan: its sha256 differs", "start the run again")
+    run.setdefault("output", {})
+    if "path" not in run["output"] or "work" not in run:
+        scratch = Path(tempfile.mkdtemp(prefix="mergetune-"))
+        run["output"].setdefault("path", str(scratch / "artifact"))
+        run.setdefault("work", str(scratch / "work"))
     return run
+
+
+def said_inputs(run: dict) -> dict:
+    """The inputs as run.json says them, without folders of this machine."""
+    inputs = {name: dict(source) for name, source in run["inputs"].items()}
+    for source in inputs.values():
+        source |= {"path": source.pop("said")} if "said" in source else {}
+    return inputs
 
 
 def fetch(source: dict) -> Path:
     """The local folder or file of an input: `{"path": …}` as it is, `{"repo": …, "revision": …}` from the Hub."""
     if "path" in source:
         return Path(source["path"])
-    from huggingface_hub import snapshot_download
-
-    emit("phase", name="download", detail=source["repo"])
-    return Path(snapshot_download(source["repo"], revision=source["revision"], repo_type=source.get("type", "model")))
+    return download(source, ignore_patterns=UNREAD)
 
 
 def fresh_output(run: dict) -> Path:
@@ -215,9 +267,12 @@ def file_entry(folder: Path, path: Path) -> dict:
 
 
 def write_manifest(run: dict, started: float, **fields: object) -> None:
-    """Write `manifest.json`, the last file of an artifact: a folder without it is not one."""
-    folder = Path(run["output"]["path"])
-    files = [file_entry(folder, p) for p in sorted(folder.rglob("*")) if p.is_file()]
+    """Write `manifest.json`, the last file of an artifact: a folder without it is not one. Publishes both."""
+    folder, repo = Path(run["output"]["path"]), run["output"].get("repo")
+    if repo:
+        publish(run)
+        fields |= {"job_id": JOB_ID, "provenance": run.get("provenance"), "warnings": run.get("warnings", [])}
+    files = run.get("published", []) + [file_entry(folder, p) for p in artifact_files(folder).values()]
     finished = time.time()
     manifest = {
         "schema": SCHEMA,
@@ -229,7 +284,7 @@ def write_manifest(run: dict, started: float, **fields: object) -> None:
         "started_at": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
         "finished_at": datetime.fromtimestamp(finished, UTC).isoformat(timespec="seconds"),
         "duration_s": round(finished - started, 3),
-        "inputs": run["inputs"],
+        "inputs": said_inputs(run),
         "predicted": run.get("predicted", {}),
         "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
         **fields,
@@ -241,6 +296,8 @@ def write_manifest(run: dict, started: float, **fields: object) -> None:
         handle.flush()
         os.fsync(handle.fileno())
     part.rename(folder / "manifest.json")
+    if repo:
+        publish_manifest(run)
 
 
 def versions(*packages: str) -> dict:
@@ -249,25 +306,347 @@ def versions(*packages: str) -> dict:
 
 
 def guarded(main: Callable[[], None]) -> int:
-    """Run `main`; map its end to an exit code: 0 done, 2 the caller's input, 130 interrupted. Bugs fly."""
+    """Run `main`; map its end to an exit code: 0 done, 2 the caller's input, 3 the Hub's, 130 interrupted. Bugs fly."""
     # SIGINT too: a shell starts background jobs with it ignored, and Python then leaves it so.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
         main()
-    except InputError as error:
-        emit("error", message=error.message, hint=error.hint)
+    except (InputError, HubFailed) as error:
+        transient = isinstance(error, HubFailed) and not error.refused
+        emit("error", message=error.message, hint=error.hint, transient=transient)
         print(f"error: {error.message}", file=sys.stderr)
         if error.hint:
             print(f"\nhint: {error.hint}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, InputError) else 3
+    except Superseded as error:
+        emit("superseded", winner=error.winner)
     except KeyboardInterrupt:
         emit("interrupted")
         return 130
+    finally:
+        STOPPED.set()  # a thread that prints while Python ends would abort it
+        for thread in threading.enumerate():
+            if thread.name == "heartbeat":
+                thread.join(5)
     return 0
 
 
 # --- end shared: protocol ---
+
+
+# --- shared: hub. The same lines stand in every job script; tests/test_scripts.py compares them. ---
+HUB_TIMEOUT_S = 120  # huggingface_hub has none: a dead connection would hold a paid machine until the job's timeout
+# How long the Hub is asked again, in seconds: while it does not answer, and while it refuses (401, 403, 404).
+START = (600, 0)  # nothing is lost yet, and the controller can start the job again
+PUSH = (180, 0)  # a checkpoint: the next one replaces it
+PUBLISH = (3600, 300)  # an hour of the machine costs less than the work that it alone holds
+HEARTBEAT_S = 60
+LARGE_BYTES = 1 << 20  # files from this size go one by one, so that one which has arrived does not go again
+# Without the Hub's own id (a run by hand) every process is a job of its own.
+JOB_ID = os.environ.get("JOB_ID") or f"local-{os.getpid()}-{time.time_ns()}"
+STOPPED = threading.Event()
+
+
+class Superseded(Exception):
+    """Another job makes this stage, or it is made already. Nothing is wrong: the script exits with code 0."""
+
+    def __init__(self, winner: dict) -> None:
+        super().__init__(f"superseded by {winner}")
+        self.winner = winner
+
+
+class HubFailed(Exception):
+    """The Hub refused, or did not answer for as long as it was worth asking. The script exits with code 3."""
+
+    def __init__(self, message: str, hint: str, refused: bool = False) -> None:
+        super().__init__(message)
+        self.message, self.hint, self.refused = message, hint, refused
+
+
+def begin(run: dict) -> None:
+    """First act of a job that publishes: win the fence, then show signs of life. Without `output.repo`, nothing.
+
+    Raises:
+        Superseded: another job has won, or the stage is published.
+        InputError: the token cannot write to the output repo.
+    """
+    if not run["output"].get("repo"):
+        return
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    Path(run["work"]).mkdir(parents=True, exist_ok=True)
+    try:
+        patiently(run, "claim the stage", START, lambda: win_fence(run))
+    except HubFailed as error:
+        if error.refused:
+            raise InputError(error.message, error.hint) from error
+        raise
+    threading.Thread(target=heartbeat, args=(run,), name="heartbeat", daemon=True).start()
+
+
+def win_fence(run: dict) -> None:
+    """Name this job in the stage's winner.json by compare-and-swap; it is also the proof that the token can write."""
+    from huggingface_hub import CommitOperationAdd
+
+    seen = look(run)
+    winner, finished = winner_in(run, seen), f"{stage_folder(run)}/manifest.json" in names_in(seen)
+    if finished or (winner.get("attempt", 0) >= run["attempt"] and winner.get("job_id") != JOB_ID):
+        raise Superseded({**winner, "finished": finished})
+    if winner.get("job_id") == JOB_ID:  # this container was started again, or the answer to the commit was lost
+        return
+    mine = {"attempt": run["attempt"], "job_id": JOB_ID, "at": datetime.now(UTC).isoformat(timespec="seconds")}
+    operation = CommitOperationAdd(f"{stage_folder(run)}/winner.json", json.dumps(mine).encode())
+    message = f"{run['stage']} of {run['run_id']}: job {JOB_ID} starts"
+    hub().create_commit(run["output"]["repo"], [operation], commit_message=message, parent_commit=seen.sha)
+
+
+def hub() -> Any:
+    """The client. Endpoint and token are the environment's."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import get_session
+
+    get_session().timeout = HUB_TIMEOUT_S
+    return HfApi()
+
+
+def download(source: dict, **patterns: Any) -> Path:
+    """The folder of a repo at its revision, without the files that the patterns leave out.
+
+    Raises:
+        InputError: the token may not read it, or it is not there.
+    """
+    from huggingface_hub import snapshot_download
+
+    emit("phase", name="download", detail=source["repo"])
+    options = {"revision": source["revision"], "repo_type": source.get("type", "model"), **patterns}
+    try:
+        folder = Path(snapshot_download(source["repo"], **options))
+    except OSError as error:
+        if status_of(error) not in (401, 403, 404):
+            raise
+        hint = "check its name and revision; if it is gated or private, accept its terms and give `HF_TOKEN` a token "
+        hint += "of that account which may read it"
+        raise InputError(f"cannot read `{source['repo']}`: {one_line_of(error)}", hint) from error
+    require_run(folder, source)
+    return folder
+
+
+def require_run(folder: Path, source: dict) -> None:
+    """Raise InputError when an artifact of this run was replaced by another run's since this job was submitted."""
+    if "run_id" not in source:
+        return
+    manifest = folder / "manifest.json"
+    found = json.loads(manifest.read_bytes()).get("run_id") if manifest.is_file() else None
+    if found != source["run_id"]:
+        message = f"`{source['repo']}` holds the artifact of `{found}`, not of `{source['run_id']}`"
+        raise InputError(message, "give each experiment an `output.repo` of its own, and retry the run")
+
+
+def stage_folder(run: dict) -> str:
+    """Where the output repo keeps what belongs to this stage of this run and is no part of the artifact."""
+    return f".mergetune/{run['run_id']}/{run['stage']}"
+
+
+def look(run: dict) -> Any:
+    """The output repo at its head: `sha`, and `siblings` with name, size and hash of every file."""
+    return hub().repo_info(run["output"]["repo"], files_metadata=True, timeout=HUB_TIMEOUT_S)
+
+
+def names_in(seen: Any) -> set[str]:
+    """The paths in the repo that `look` has seen."""
+    return {sibling.rfilename for sibling in seen.siblings or []}
+
+
+def read_at(run: dict, seen: Any, name: str) -> dict:
+    """A JSON file of the output repo at the commit that was seen; empty when it is not there."""
+    if name not in names_in(seen):
+        return {}
+    from huggingface_hub import hf_hub_download
+
+    return json.loads(Path(hf_hub_download(run["output"]["repo"], name, revision=seen.sha)).read_bytes())
+
+
+def winner_in(run: dict, seen: Any) -> dict:
+    """The stage's winner.json; empty before the first job has won."""
+    return read_at(run, seen, f"{stage_folder(run)}/winner.json")
+
+
+def look_as_winner(run: dict) -> Any:
+    """`look`, by the job that still holds the fence; raises Superseded in any other."""
+    seen = look(run)
+    winner = winner_in(run, seen)
+    if winner.get("job_id") != JOB_ID:
+        raise Superseded({**winner, "finished": False})
+    return seen
+
+
+def patiently(run: dict, what: str, patience: tuple[float, float], act: Callable[[], Any]) -> Any:
+    """`act()`, tried again after growing, random pauses while the Hub fails or somebody else commits.
+
+    Raises:
+        HubFailed: the patience is over, or the Hub refuses what no repetition changes.
+    """
+    import httpx2
+
+    began, pause = time.monotonic(), 1.0
+    while True:
+        try:
+            return act()
+        except (OSError, RuntimeError, json.JSONDecodeError, httpx2.HTTPError) as error:
+            status, text = status_of(error), one_line_of(error)
+            refused = status in (401, 403, 404)
+            final = status and 400 <= status < 500 and status not in (401, 403, 404, 408, 409, 412, 425, 429)
+            limit = 0 if final else min(patience[refused], run.get("patience_s", math.inf))
+            left = limit - (time.monotonic() - began)
+            if left <= 0:
+                raise HubFailed(*refusal(run, what, text) if refused else outage(run, what, text), refused) from error
+        raced = status in (409, 412)  # our parent commit is no longer the head: another commit came between
+        wait_s = min(left, pause * random.uniform(0.5, 1.5) * (0.2 if raced else 1))
+        if not raced:
+            emit("warning", message=f"{what}: {text}; tried again in {wait_s:.0f} s")
+        time.sleep(wait_s)
+        pause = min(2 * pause, 60)
+
+
+def refusal(run: dict, what: str, text: str) -> tuple[str, str]:
+    """Message and hint for a token that may not do it."""
+    owner = run["output"]["repo"].partition("/")[0]
+    hint = f"set the secret `HF_TOKEN` to a token that can write to the repos of `{owner}`: role `write`, or "
+    hint += f"fine-grained with `repo.write` on `{owner}`; then `mergetune retry {run['experiment']['name']}`"
+    return f"`{run['output']['repo']}`: the token of this job cannot {what}: {text}", hint
+
+
+def outage(run: dict, what: str, text: str) -> tuple[str, str]:
+    """Message and hint for a Hub that does not do it."""
+    hint = f"look at https://status.huggingface.co, then `mergetune retry {run['experiment']['name']}`"
+    return f"`{run['output']['repo']}`: the Hub did not {what}: {text}", hint
+
+
+def status_of(error: BaseException | None) -> int | None:
+    """The HTTP status that an error, or one that caused it, came with."""
+    while error is not None:
+        # Uploads through Xet say it in words alone: `HTTP status client error (403 Forbidden), domain: …`.
+        told = re.search(r"HTTP status \w+ error \((\d{3})", str(error))
+        status = getattr(getattr(error, "response", None), "status_code", None) or (told and int(told[1]))
+        if status:
+            return status
+        error = error.__cause__
+    return None
+
+
+def one_line_of(error: BaseException) -> str:
+    """What an error says, short, on one line, and never with a token."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return re.sub(r"\bhf_[\w.-]{8,}", "hf_…", text)[:400]
+
+
+def push(
+    run: dict,
+    message: str,
+    files: dict[str, Path | bytes],
+    stale: Callable[[str], bool],
+    patience: tuple[float, float],
+) -> None:
+    """Put files into the output repo in one commit that also deletes the `stale` ones, by the winner alone.
+
+    Raises:
+        Superseded: this job does not hold the fence any more.
+        HubFailed: the Hub would not take it.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    patiently(run, "look at the repo", patience, lambda: look_as_winner(run))
+    additions = [CommitOperationAdd(name, content) for name, content in files.items()]
+    for addition in additions:
+        if addition.upload_info.size >= LARGE_BYTES:
+            send = partial(hub().preupload_lfs_files, run["output"]["repo"], [addition], free_memory=False)
+            patiently(run, f"upload {addition.path_in_repo}", patience, send)
+
+    def commit() -> None:
+        seen = look_as_winner(run)
+        gone = [CommitOperationDelete(name) for name in sorted(names_in(seen) - set(files)) if stale(name)]
+        options = {"commit_message": message, "parent_commit": seen.sha}
+        hub().create_commit(run["output"]["repo"], [*additions, *gone], **options)
+
+    patiently(run, f"commit {message!r}", patience, commit)
+
+
+def deliver(run: dict, title: str, files: dict[str, Path | bytes], stale: Callable[[str], bool]) -> None:
+    """`push` of what was paid for, with patience; when it fails for good, the error says what is where."""
+    try:
+        push(run, title, files, stale, PUBLISH)
+    except HubFailed as error:
+        message = f"{title} is made and not published: {error.message}. It lies in `{run['output']['path']}` of this "
+        message += f"machine alone, and ends with it; what arrived before is in the repo and its `{stage_folder(run)}/`"
+        raise HubFailed(message, error.hint, error.refused) from error
+
+
+def warn(run: dict, message: str) -> None:
+    """A warning that the manifest repeats: nobody may be there to read the log."""
+    emit("warning", message=message)
+    run.setdefault("warnings", []).append(message)
+
+
+def publish(run: dict) -> None:
+    """Upload the artifact, all but its manifest. At the root it replaces what was there, first of all the manifest."""
+    folder, prefix = Path(run["output"]["path"]), run["output"].get("folder") or ""
+    files = {f"{prefix}/{name}".lstrip("/"): path for name, path in artifact_files(folder).items()}
+    kept = {".gitattributes", *(entry["path"] for entry in run.get("published", []))}
+    if prefix and not files:
+        return
+    emit("phase", name="publish", detail=f"{len(files)} files to {run['output']['repo']}")
+    title = f"{run['stage']} of {run['run_id']}"
+
+    def stale(name: str) -> bool:
+        return not prefix and not name.startswith(".mergetune/") and name not in kept
+
+    try:
+        deliver(run, title, files, stale)
+    except ValueError as error:  # the Hub looks at the card before it takes anything: weights must not wait for it
+        card = files.pop("README.md", None)
+        if card is None:
+            raise
+        warn(run, f"published without its card: {one_line_of(error)}")
+        Path(card).unlink()
+        deliver(run, title, files, stale)
+
+
+def artifact_files(folder: Path) -> dict[str, Path]:
+    """The files of a finished artifact by their path in it."""
+    return {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def publish_manifest(run: dict) -> None:
+    """The last commit: the manifest, for the stage and for the repo; the checkpoint is not needed any more."""
+    content = (Path(run["output"]["path"]) / "manifest.json").read_bytes()
+    names = [f"{stage_folder(run)}/manifest.json"] + ([] if run["output"].get("folder") else ["manifest.json"])
+    checkpoint = f"{stage_folder(run)}/checkpoint/"
+    title = f"{run['stage']} of {run['run_id']}: manifest"
+    deliver(run, title, dict.fromkeys(names, content), lambda name: name.startswith(checkpoint))
+    emit("published", repo=run["output"]["repo"], folder=run["output"].get("folder") or "")
+
+
+def heartbeat(run: dict) -> None:
+    """A sign of life every minute: peak memory of this process and its children, free disk, time since the start."""
+    began = time.monotonic()
+    while not STOPPED.wait(run.get("heartbeat_s", HEARTBEAT_S)):
+        peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        free = shutil.disk_usage(run["work"]).free
+        numbers = {"memory_gib": round(peak / 2**20, 3), "disk_free_gb": round(free / 1e9, 1)}
+        emit("heartbeat", **numbers, elapsed_s=round(time.monotonic() - began, 1))
+
+
+def origin(run: dict) -> dict[str, str]:
+    """For a card: commit and pull request that a published artifact comes from, as Markdown links."""
+    source = run.get("provenance") or {}
+    url, commit, number = (str(source.get(key) or "") for key in ("repository", "commit", "pull_request"))
+    links = {"commit": (commit[:7], f"{url}/commit/{commit}"), "pull request": (f"#{number}", f"{url}/pull/{number}")}
+    told = {"commit": re.fullmatch("[0-9a-f]{7,64}", commit), "pull request": number.isdigit()}
+    is_url = re.fullmatch(r"https://[\w.:/-]+", url)
+    return {label: f"[{text}]({link})" for label, (text, link) in links.items() if is_url and told[label]}
+
+
+# --- end shared: hub ---
 
 
 # --- llama.cpp: fetched, checked and built once ---
@@ -302,7 +681,7 @@ def run_child(command: list[str], unit: str = "", **options: Any) -> tuple[int, 
                 count = PROGRESS.match(line) if unit else None
                 if not count:
                     lines.append(line)
-                    print(line, flush=True)
+                    print(line + "\n", end="", flush=True)
                 elif time.monotonic() - shown > 0.5 or count[1] == count[2]:
                     shown = time.monotonic()
                     emit("progress", done=int(count[1]), total=int(count[2]), unit=unit)
@@ -541,12 +920,16 @@ def check_model(folder: Path) -> Source:
     return Source(folder, {**config, **config.get("text_config", {})}, elements)
 
 
-def check_disk(source: Source, quants: list[str], work: Path, output: Path) -> None:
-    """Raise InputError unless the bf16 file fits into `work` and the quantised files into `output`, with 10 % over."""
+def check_disk(source: Source, quants: list[str], work: Path, output: Path, one_by_one: bool = False) -> None:
+    """Raise InputError unless the bf16 file fits into `work` and the quantised files into `output`, with 10 % over.
+
+    `one_by_one`: a quantised file leaves the disk before the next one is made.
+    """
     weights = sum(source.elements.values())
     logits = KL_TOKENS * source.config.get("vocab_size", 300_000) * 4
     scratch = 2 * weights + logits
-    results = sum(weights * QUANTS[quant].bits / 8 for quant in quants)
+    sizes = [weights * QUANTS[quant].bits / 8 for quant in quants]
+    results = max(sizes) if one_by_one else sum(sizes)
     if work.stat().st_dev == output.stat().st_dev:
         scratch, results = 0, scratch + results
     require_disk(work, int(1.1 * scratch))
@@ -636,6 +1019,49 @@ def spaced_ids(tokenizer: Any, text: str, added: dict[int, str]) -> list[list[li
 
 
 # --- child processes: `convert_gguf.py _child <name> <spec.json>` ---
+
+
+def child_convert(script: str, folder: str, target: str) -> None:
+    """The converter as its own program, but for a byte-level BPE vocabulary it has never seen.
+
+    It knows such tokenizers by a hash over the token ids of one text, so a vocabulary that was extended, cut or made
+    anew is unknown to it even where nothing else is new. Then the cut of the text is looked up by its own definition.
+    That this is right is not assumed: `verify` compares the ids of every probe text.
+    """
+    sys.path[0] = str(Path(script).parent)  # as if it had been started: `conversion` lies beside it
+    from conversion.base import TextModel
+
+    by_hash = TextModel.get_vocab_base_pre
+
+    def by_hash_or_cut(self: Any, tokenizer: Any) -> str:
+        try:
+            return by_hash(self, tokenizer)
+        except NotImplementedError:
+            name = pre_tokenizer(json.loads(tokenizer.backend_tokenizer.to_str()))
+            if name is None:
+                raise
+            emit("warning", message=f"the converter does not know this vocabulary; its text is cut as in `{name}`")
+            return name
+
+    TextModel.get_vocab_base_pre = by_hash_or_cut
+    sys.argv = [script, folder, "--outtype", "bf16", "--outfile", target]
+    runpy.run_path(script, run_name="__main__")
+
+
+def pre_tokenizer(definition: dict[str, Any]) -> str | None:
+    """llama.cpp's name for how the tokenizer of a tokenizer.json cuts text; None if it is not in PRE_TOKENIZERS."""
+    before = definition.get("pre_tokenizer") or {}
+    steps = before.get("pretokenizers", [before])
+    if not steps or steps[-1].get("type") != "ByteLevel" or steps[-1].get("add_prefix_space"):
+        return None
+    *splits, last = steps
+    regexes = [split.get("pattern", {}).get("Regex") for split in splits]
+    if None in regexes or any(split.get("behavior") != "Isolated" or split.get("invert") for split in splits):
+        return None
+    cuts = regexes + [None] * bool(last.get("use_regex", True))
+    if len(cuts) != 1:
+        return None
+    return PRE_TOKENIZERS.get((cuts[0], bool(definition["model"].get("ignore_merges"))))
 
 
 def child_quantize(spec: dict[str, Any], lib: Any) -> None:
@@ -814,6 +1240,9 @@ def greedy_answer(lib: Any, context: Any, vocab: Any, prompt: list[int]) -> list
 
 def child(name: str, spec_path: str) -> None:
     """Entry of a child process: load the library, do one job, write its result beside the spec."""
+    if name == "convert":
+        child_convert(**json.loads(Path(spec_path).read_text(encoding="utf-8")))
+        return
     # In C code a Python handler would wait for the call to return; the default ends the process at once.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     import llama_cpp.llama_cpp as lib
@@ -1068,8 +1497,10 @@ def convert(tools: Path, source: Source, target: Path) -> None:
         InputError: the converter failed. What it leaves out while it exits with 0 is found by `verify`.
     """
     emit("phase", name="convert", detail=target.name)
+    spec = target.with_name("convert.json")
     script = str(tools / "convert_hf_to_gguf.py")
-    command = [sys.executable, script, str(source.folder), "--outtype", "bf16", "--outfile", str(target)]
+    spec.write_text(json.dumps({"script": script, "folder": str(source.folder), "target": str(target)}))
+    command = [sys.executable, str(Path(__file__).resolve()), "_child", "convert", str(spec)]
     code, lines = run_child(command, env=child_environment(tools))
     require_success("convert_hf_to_gguf.py", code, lines)
 
@@ -1098,6 +1529,79 @@ def make_quant(job: Job, bf16: Path, original: dict[str, Any], target: Path, qua
     }
 
 
+def publish_quant(run: dict, path: Path, result: dict[str, Any]) -> None:
+    """Upload one finished file with a record of it, and remove it here: the disk holds one at a time."""
+    entry = file_entry(path.parent, path)
+    record = {"run_id": run["run_id"], "script_sha256": own_hash(), "inputs": said_inputs(run), "file": entry}
+    record |= {"result": result}
+    files = {path.name: path, f"{stage_folder(run)}/{result['quant']}.json": json.dumps(record, indent=2).encode()}
+    emit("phase", name=f"publish {result['quant']}", detail=path.name)
+    # What the repo says of its former files must not outlive the first of them.
+    deliver(run, f"gguf of {run['run_id']}: {result['quant']}", files, lambda name: name == "manifest.json")
+    run.setdefault("published", []).append(entry)
+    path.unlink()
+
+
+def published_quant(run: dict, quant: str, name: str) -> dict[str, Any] | None:
+    """The manifest entry of a file that an earlier job of this run has made, verified and uploaded; None without."""
+    if not run["output"].get("repo"):
+        return None
+    record, seen = patiently(run, "look for files that are there", START, lambda: read_record(run, quant))
+    known = {"run_id": run["run_id"], "script_sha256": own_hash(), "inputs": said_inputs(run)}
+    stored = next((s for s in seen.siblings or [] if s.rfilename == name), None)
+    if not stored or any(record.get(key) != value for key, value in known.items()):
+        return None
+    if not stored.lfs or (stored.lfs.sha256, stored.lfs.size) != (record["file"]["sha256"], record["file"]["bytes"]):
+        return None
+    emit("phase", name=f"{quant} is published already", detail=name)
+    run.setdefault("published", []).append(record["file"])
+    return record["result"]
+
+
+def read_record(run: dict, quant: str) -> tuple[dict, Any]:
+    """The record of a published file, and the repo as it is now."""
+    seen = look(run)
+    return read_at(run, seen, f"{stage_folder(run)}/{quant}.json"), seen
+
+
+def own_hash() -> str:
+    """SHA-256 of this script."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+def model_card(run: dict, results: list[dict[str, Any]]) -> str:
+    """README.md of a published repo: front matter that the Hub reads, the files, and where they come from."""
+    experiment, model = run["experiment"], run["inputs"]["model"]
+    base, repo = model.get("repo") or experiment["output"]["repo"], run["output"]["repo"]
+    front = {"base_model": base, "base_model_relation": "quantized", "pipeline_tag": "text-generation"}
+    front |= {"tags": ["mergetune", "gguf", "llama.cpp"]}
+    facts = {
+        "Model": f"`{base}`" + (f" at `{model['revision']}`" if model.get("revision") else ""),
+        "Run": f"`{run['run_id']}`, attempt {run['attempt']}",
+        "Data": data_in_card(run),
+        "Made with": f"llama.cpp {LLAMA_CPP_VERSION}, commit `{LLAMA_CPP_COMMIT[:9]}`",
+        **{label.capitalize(): link for label, link in origin(run).items()},
+    }
+    # JSON is YAML too, so no value can break out of the front matter.
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
+    lines += [f"# {experiment['name']}, GGUF", "", f"`{base}` for llama.cpp and the programs built on it:", ""]
+    lines += [f"    llama-server -hf {repo}:{results[0]['quant']}", ""]
+    lines += ["| File | Size | Bits per weight | KL divergence from bf16, nats per token |", "|---|---|---|---|"]
+    lines += [
+        f"| `{r['file']}` | {r['bytes'] / 1e9:.2f} GB | {r['bits_per_weight']} | {r['kl_vs_bf16']} |" for r in results
+    ]
+    lines += ["", *(f"- {label}: {value}" for label, value in facts.items())]
+    return "\n".join([*lines, "", "`manifest.json` has the checks that each file passed.", ""])
+
+
+def data_in_card(run: dict) -> str:
+    """The training data, named without a folder of any machine."""
+    data = run["experiment"]["data"]
+    is_file = data["dataset"].endswith((".jsonl", ".parquet"))
+    name = Path(data["dataset"]).name if is_file else data["dataset"]
+    return f"`{name}`" + (f" at `{data['revision']}`" if data.get("revision") else "")
+
+
 def peak_memory_gib() -> float:
     """Largest resident set of this process or one of its children, GiB."""
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -1111,7 +1615,7 @@ def convert_run(run: dict, started: float) -> None:
     output, work = fresh_output(run), Path(run["work"]) / "gguf"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    check_disk(source, quants, work, output)
+    check_disk(source, quants, work, output, one_by_one=bool(run["output"].get("repo")))
     emit("phase", name="tokenize")
     expected = expect(source)
     job = Job(prepare_llama_cpp(), work, source, expected)
@@ -1119,8 +1623,16 @@ def convert_run(run: dict, started: float) -> None:
     convert(job.tools, source, bf16)
     original = verify(job, bf16, "BF16", [], None)
     name = run["experiment"]["name"]
-    results = [make_quant(job, bf16, original, output / f"{name}-{q}.gguf", q) for q in quants]
+    results = []
+    for quant in quants:
+        target = output / f"{name}-{quant}.gguf"
+        done = published_quant(run, quant, target.name)
+        results.append(done or make_quant(job, bf16, original, target, quant))
+        if run["output"].get("repo") and not done:
+            publish_quant(run, target, results[-1])
     shutil.rmtree(work)
+    if run["output"].get("repo"):
+        (output / "README.md").write_text(model_card(run, results), encoding="utf-8")
     peak = peak_memory_gib()
     llama_cpp = {"version": LLAMA_CPP_VERSION, "llama_cpp_python": SDIST_VERSION, "sdist_sha256": SDIST_SHA256}
     llama_cpp |= read_json(job.tools / "build.json")
@@ -1148,6 +1660,7 @@ def main() -> None:
         return emit("end", stage="prepare", duration_s=round(time.time() - started, 3), folder=str(folder))
     run = load_run(argument, "gguf")
     emit("start", stage="gguf", run_id=run["run_id"])
+    begin(run)
     return convert_run(run, started)
 
 

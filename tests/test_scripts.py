@@ -1,12 +1,19 @@
-"""What every job script has in common: header, usage, shared functions, and how it refuses a wrong request."""
+"""What every job script has in common: header, usage, shared functions, and how it reads and refuses a request.
+
+What they do with an output repo is in test_scripts_hub.py.
+"""
 
 import ast
+import hashlib
+import importlib.util
 import json
 import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -62,8 +69,8 @@ def test_what_a_script_imports_stands_in_its_header(script: Path) -> None:
             imported |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             imported.add(node.module.split(".")[0])
-    # llama_cpp comes with the pinned llama.cpp source, gguf with its converter; neither is installed.
-    outside = imported - set(sys.stdlib_module_names) - {"llama_cpp", "gguf"}
+    # llama_cpp comes with the pinned llama.cpp source, gguf and conversion with its converter; none is installed.
+    outside = imported - set(sys.stdlib_module_names) - {"llama_cpp", "gguf", "conversion"}
     assert {names.get(name, name).replace("-", "_") for name in outside} <= declared
 
 
@@ -71,7 +78,7 @@ def test_shared_blocks_are_the_same_lines_everywhere() -> None:
     texts: dict[str, set[str]] = {}
     for script in SCRIPTS:
         blocks = shared_blocks(script)
-        assert "protocol" in blocks, script.name
+        assert {"protocol", "hub"} <= blocks.keys(), script.name
         for name, text in blocks.items():
             texts.setdefault(name, set()).add(text)
     assert {name: len(versions) for name, versions in texts.items()} == dict.fromkeys(texts, 1)
@@ -112,3 +119,63 @@ def test_a_request_that_is_none(script: Path, content: str | None, said: str, tm
     assert "Traceback" not in done.stderr
     events = [json.loads(line.removeprefix("MERGETUNE ")) for line in done.stdout.splitlines()]
     assert [event["event"] for event in events] == ["error"]
+
+
+@pytest.fixture(scope="module")
+def module() -> ModuleType:
+    """One of the scripts, for the functions that all of them have."""
+    spec = importlib.util.spec_from_file_location("merge_adapter", ROOT / "scripts/merge_adapter.py")
+    assert spec and spec.loader
+    made = importlib.util.module_from_spec(spec)
+    sys.modules["merge_adapter"] = made
+    spec.loader.exec_module(made)
+    return made
+
+
+def write_request(folder: Path, **parts: Any) -> str:
+    (folder / "run.json").write_text(json.dumps({"schema": 1, "stage": "merge", "inputs": {}, "output": {}, **parts}))
+    return str(folder / "run.json")
+
+
+def test_a_request_with_all_its_folders_stays_as_it_is(module: ModuleType, tmp_path: Path) -> None:
+    inputs = {"base": {"repo": "acme/base", "revision": "abc"}, "adapter": {"path": "/data/adapter"}}
+    parts = {"inputs": inputs, "output": {"path": "/out"}, "work": "/work"}
+    run = module.load_run(write_request(tmp_path, **parts), "merge")
+    assert {key: run[key] for key in parts} == parts
+    assert module.said_inputs(run) == inputs
+
+
+def test_a_request_for_another_machine_finds_its_files_and_folders_there(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "rows.jsonl").write_bytes(b"{}")
+    inputs = {"data": {"path": "rows.jsonl", "sha256": hashlib.sha256(b"{}").hexdigest()}}
+    run = module.load_run(write_request(tmp_path, inputs=inputs, output={"repo": "acme/x", "folder": ""}), "merge")
+    assert run["inputs"]["data"]["path"] == str(tmp_path / "rows.jsonl")
+    assert module.said_inputs(run) == inputs
+    output, work = Path(run["output"]["path"]), Path(run["work"])
+    assert (output.name, work.name) == ("artifact", "work")
+    assert output.parent == work.parent and output.parent.parent == tmp_path and not list(output.parent.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("source", "commit", "pull", "told"),
+    [
+        ("https://github.com/acme/models", "ab" * 20, 12, ["commit", "pull request"]),
+        ("https://github.com/acme/models", "ab" * 20, None, ["commit"]),
+        ("https://x.example/a](javascript:alert(1))", "ab" * 20, 12, []),
+        ("https://github.com/acme/models", "<b>", "1)", []),
+    ],
+)
+def test_a_card_links_only_to_what_is_a_link(
+    module: ModuleType, source: str, commit: str, pull: object, told: list[str]
+) -> None:
+    provenance = {"repository": source, "commit": commit, "pull_request": pull}
+    assert list(module.origin({"provenance": provenance})) == told
+    assert module.origin({}) == {}
+
+
+def test_an_error_never_repeats_a_token(module: ModuleType) -> None:
+    said = module.one_line_of(ValueError("Illegal header value b'Bearer hf_oauth_abcd.efgh-ijkl'\nMore"))
+    assert said == "Illegal header value b'Bearer hf_…' More"
