@@ -5,7 +5,9 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pipeline.errors import excerpt
 from pipeline.fields import (
+    WHOLE,
     BaseSource,
     Boolean,
     DataSource,
@@ -16,7 +18,9 @@ from pipeline.fields import (
     PositiveInt,
     RepoId,
     RepoPath,
+    Revision,
     StringList,
+    Targets,
     fault,
 )
 
@@ -77,9 +81,7 @@ class Base(Section):
     """The model to start from."""
 
     model: BaseSource = Field(description="Hub id, or a folder in this repository starting with `./`.")
-    revision: str | None = Field(
-        None, pattern=r"^[\w./-]{1,128}$", description="Commit of the base. Unpinned, a base can change under a plan."
-    )
+    revision: Revision | None = Field(None, description="Commit of the base. Unpinned, a base can change under a plan.")
 
 
 class EvalSplit(Section):
@@ -104,7 +106,7 @@ class Data(Section):
     """The rows to learn from: `messages`, `prompt`/`completion`, `conversations` or `text`."""
 
     dataset: DataSource = Field(description="Hub id, or a `.jsonl` or `.parquet` path in this repository.")
-    revision: str | None = Field(None, pattern=r"^[\w./-]{1,128}$", description="Commit of the dataset on the Hub.")
+    revision: Revision | None = Field(None, description="Commit of the dataset on the Hub.")
     subset: str | None = Field(None, description="Configuration name of a Hub dataset that has several.")
     split: str = Field("train", min_length=1, description="Split of a Hub dataset.")
     eval: EvalSplit | None = Field(None, description="Held-out rows; without them no held-out loss is reported.")
@@ -113,12 +115,10 @@ class Data(Section):
 class Lora(Section):
     """The adapter. `alpha / r` (or `alpha / sqrt(r)` with `rslora`) scales what it adds."""
 
-    r: Annotated[int, Field(gt=0, le=1024)] = Field(16, description="Rank.")
+    r: Annotated[int, Field(gt=0, le=1024), WHOLE] = Field(16, description="Rank.")
     alpha: PositiveFloat = Field(32, description="Scale numerator.")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout before the adapter, 0 to 1.")
-    targets: Annotated[str, Field(pattern="^all-linear$")] | StringList = Field(
-        "all-linear", description="Module names, or `all-linear`."
-    )
+    targets: Targets = Field("all-linear", description="Module names, or `all-linear`.")
     exclude: str | None = Field(None, description="Regular expression of modules to leave out.")
     rslora: Boolean = Field(False, description="Scale by the square root of the rank.")
     dora: Boolean = Field(False, description="Learn magnitude and direction apart (slower, more memory).")
@@ -135,7 +135,7 @@ class Train(Section):
     timeout: Duration = Field(description="Hard stop: `90m`, `4h`. The worst case of the price.")
     epochs: PositiveFloat = Field(3.0, description="Passes over the training rows.")
     max_steps: PositiveInt | None = Field(None, description="Stop after this many optimizer steps instead of `epochs`.")
-    max_length: Annotated[int, Field(ge=8, le=1_048_576)] = Field(2048, description="Tokens kept of a row.")
+    max_length: Annotated[int, Field(ge=8, le=1_048_576), WHOLE] = Field(2048, description="Tokens kept of a row.")
     batch_size: PositiveInt = Field(1, description="Rows a GPU holds at once.")
     gradient_accumulation: PositiveInt = Field(8, description="Batches summed before the weights move.")
     learning_rate: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = Field(2e-4, description="Peak step size.")
@@ -143,7 +143,9 @@ class Train(Section):
         LossOn.ASSISTANT, description="`assistant`: every reply; `completion`: the last one; `all`: every token."
     )
     packing: Boolean = Field(False, description="Fill each row of `max_length` with several examples.")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(42, description="Of data order, held-out draw and dropout.")
+    seed: Annotated[int, Field(ge=0, lt=2**32), WHOLE] = Field(
+        42, description="Of data order, held-out draw and dropout."
+    )
     save_steps: PositiveInt = Field(50, description="Optimizer steps between checkpoints; a retry loses at most these.")
     lora: Lora | None = Field(None, description="The adapter of `qlora` and `lora`.")
     sft: FreeValues = Field({}, description="Any other field of TRL's `SFTConfig`.")
@@ -156,7 +158,7 @@ class Train(Section):
             if key in OWNED_BY_TRAIN:
                 value = self.sft[key]
                 hint = f"remove it here and write `{OWNED_BY_TRAIN[key].split('.')[-1]}: {value}` under `train`"
-                raise fault(f"`train.sft.{key}` is decided by `{OWNED_BY_TRAIN[key]}`", hint)
+                raise fault(f"`train.sft.{key}` is decided by `{OWNED_BY_TRAIN[key]}`", hint, f"sft.{key}")
         if self.method is Method.FULL and self.lora is not None:
             raise fault("`method: full` has no adapter", "remove `lora`, or write `method: lora`")
         return self
@@ -176,7 +178,7 @@ class Merge(JobStage):
 class Gguf(JobStage):
     """llama.cpp files, one per quant, each verified."""
 
-    quants: Annotated[list[str], Field(min_length=1)] = Field(["Q4_K_M", "Q8_0"], description="llama.cpp quants.")
+    quants: Annotated[StringList, Field(min_length=1)] = Field(["Q4_K_M", "Q8_0"], description="llama.cpp quants.")
 
     @model_validator(mode="after")
     def _known_quants(self) -> Self:
@@ -184,7 +186,8 @@ class Gguf(JobStage):
             if quant not in QUANTS:
                 near = nearest(quant.upper(), QUANTS) or "Q4_K_M"
                 raise fault(
-                    f"`{quant}` is not a quant llama.cpp can make here", f"write `{near}`; known: {', '.join(QUANTS)}"
+                    f"`{excerpt(quant)}` is not a quant llama.cpp can make here",
+                    f"write `{near}`; known: {', '.join(QUANTS)}",
                 )
         if len(set(self.quants)) != len(self.quants):
             raise fault(
@@ -197,7 +200,7 @@ class Evaluate(JobStage):
     """Held-out loss before and after, and answers to the prompts of a file."""
 
     prompts: RepoPath | None = Field(None, description="JSONL file of `{prompt: …}` rows to answer before and after.")
-    max_new_tokens: Annotated[int, Field(gt=0, le=8192)] = Field(200, description="Longest answer, in tokens.")
+    max_new_tokens: Annotated[int, Field(gt=0, le=8192), WHOLE] = Field(200, description="Longest answer, in tokens.")
 
 
 class Output(Section):
@@ -234,7 +237,7 @@ class Experiment(Section):
         needs_merge = [name for name in ("gguf", "evaluate") if getattr(self, name) is not None]
         if self.train.method is Method.FULL:
             if self.merge is not None:
-                raise fault("`method: full` has nothing to merge", "remove `merge`")
+                raise fault("`method: full` has nothing to merge", "remove `merge`", "merge")
         elif needs_merge and self.merge is None:
             raise fault(f"`{needs_merge[0]}` needs the merged model", "add `merge: {flavor: cpu-upgrade, timeout: 1h}`")
         return self

@@ -13,21 +13,23 @@ from pipeline.yaml_text import Plain, resolve_plain
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?")
 # The Hub's rule for `namespace/name`: word characters, `.` and `-`, 96 characters, no `--` or `..`.
+REVISION = r"^[\w./-]{1,128}$"
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def fault(message: str, hint: str) -> PydanticCustomError:
-    """A schema error with its hint; braces are doubled because pydantic formats the message."""
-    return PydanticCustomError("mergetune", message.replace("{", "{{").replace("}", "}}"), {"hint": hint})
+def fault(message: str, hint: str, key: str = "") -> PydanticCustomError:
+    """A schema error with its hint, at the dotted `key` below the value. Pydantic formats a message: braces double."""
+    context = {"hint": hint, "key": key}
+    return PydanticCustomError("mergetune", message.replace("{", "{{").replace("}", "}}"), context)
 
 
 def _duration(value: Any) -> Any:
     """Seconds of `90s`, `45m`, `4h`, `1.5h` or `2d` (what HF Jobs accepts, less a bare number)."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    text = str(value).strip()
+    text = excerpt(str(value).strip())
     if match := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([smhd])", text):
-        return round(float(match[1]) * SECONDS[match[2]])
+        return round(min(float(match[1]), 1e9) * SECONDS[match[2]])  # what is above is refused as too long
     if match := re.fullmatch(r"([0-9]+)(?:h|:)([0-9]{1,2})m?", text):
         minutes = int(match[1]) * 60 + int(match[2])
         raise fault(f"`{text}` is not a duration", f"write `{minutes}m`")
@@ -43,7 +45,7 @@ def _boolean(value: Any) -> Any:
         return True
     if value in ("false", "False", "FALSE"):
         return False
-    shown = f"`{value}`"
+    shown = f"`{excerpt(value)}`"
     guess = {"yes": "true", "on": "true", "y": "true", "1": "true"}.get(str(value).lower(), "false")
     raise fault(f"{shown} is not a boolean", f"write `true` or `false` (here probably `{guess}`)")
 
@@ -59,6 +61,8 @@ def _name(value: Any) -> Any:
 
 def _repo(value: Any) -> Any:
     if isinstance(value, str) and (not REPO.fullmatch(value) or ".." in value or "--" in value or len(value) > 96):
+        if link := re.match(r"https?://[^/]+/(?:datasets/)?([\w.-]+/[\w.-]+)", value):
+            raise fault(f"`{excerpt(value)}` is a link, not a repository id", f"write `{link[1]}`")
         raise fault(f"`{excerpt(value)}` is not a repository id", "write `namespace/name`, as in the Hub's address")
     return value
 
@@ -69,6 +73,8 @@ def _repo_path(value: Any) -> Any:
     path = PurePosixPath(value)
     if path.is_absolute() or ".." in path.parts or "\\" in value or "\0" in value or value.startswith("~"):
         raise fault(f"`{excerpt(value)}` leaves the repository", "write a path relative to the repository's root")
+    if len(value) > 1000 or any(len(part.encode("utf-8", "replace")) > 255 for part in path.parts):
+        raise fault(f"`{excerpt(value)}` is longer than a file's name can be", "correct the path")
     return value
 
 
@@ -88,6 +94,28 @@ def _data_source(value: Any) -> Any:
     return value
 
 
+def _revision(value: Any) -> Any:
+    if isinstance(value, str) and not re.fullmatch(REVISION, value, re.ASCII):
+        raise fault(f"`{excerpt(value)}` is not a revision", "write the commit: 40 hexadecimal digits on the Hub")
+    return value
+
+
+def _whole(value: Any) -> Any:
+    """Refuse `010`: 8 to YAML 1.1, 10 to YAML 1.2 and to most readers."""
+    if isinstance(value, Plain) and re.fullmatch(r"[-+]?0[0-9]+", value):
+        tidy = value.lstrip("+-0") or "0"
+        raise fault(f"`{excerpt(value)}` is octal to some and decimal to others", f"write `{excerpt(tidy)}`")
+    return value
+
+
+def _targets(value: Any) -> Any:
+    if isinstance(value, str) and value != "all-linear":
+        raise fault(f"`{excerpt(value)}` is not a list", f"write `[{excerpt(value)}]`, or `all-linear`")
+    if isinstance(value, list) and not all(isinstance(name, str) for name in value):
+        raise fault("holds what is not a name", "write names alone: `[q_proj, v_proj]`, or `all-linear`")
+    return value
+
+
 def _free(value: Any) -> Any:
     return resolve_plain(value)
 
@@ -95,7 +123,7 @@ def _free(value: Any) -> Any:
 def _strings(value: Any) -> Any:
     """Accept one word where a list is asked for only when YAML made it one: `[a, b]` stays, `a` is an error."""
     if isinstance(value, Plain):
-        raise fault(f"`{value}` is not a list", f"write `[{value}]`")
+        raise fault(f"`{excerpt(value)}` is not a list", f"write `[{excerpt(value)}]`")
     return value
 
 
@@ -112,5 +140,8 @@ BaseSource = Annotated[str, BeforeValidator(_source), Field(min_length=1)]
 DataSource = Annotated[str, BeforeValidator(_data_source), Field(min_length=1)]
 FreeValues = Annotated[dict[str, Any], BeforeValidator(_free)]
 StringList = Annotated[list[str], BeforeValidator(_strings)]
+Revision = Annotated[str, Field(pattern=REVISION), BeforeValidator(_revision)]
+Targets = Annotated[Annotated[str, Field(pattern="^all-linear$")] | list[str], BeforeValidator(_targets)]
+WHOLE = BeforeValidator(_whole)
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-PositiveInt = Annotated[int, Field(gt=0)]
+PositiveInt = Annotated[int, Field(gt=0), WHOLE]

@@ -1,5 +1,8 @@
 """An experiment file to an `Experiment`, every fault with its line and a hint. Checks the schema, no rule."""
 
+import contextlib
+import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +15,8 @@ from pipeline.experiment import Experiment, nearest
 from pipeline.yaml_text import Keys, YamlText, load_yaml, parse_yaml
 
 SCHEMA_RULE = "EXP001"
+MAPPING_WANTED = ("model_type", "model_attributes_type", "dict_type")
+NUMBER_WANTED = ("int_parsing", "float_parsing")
 EXAMPLES = {
     "name": "my-experiment",
     "hypothesis": "what you expect, and how you will know",
@@ -63,7 +68,8 @@ def _checked(path: Path, text: YamlText) -> ExperimentFile:
     try:
         experiment = Experiment.model_validate(text.data)
     except ValidationError as error:
-        found = {_finding(text, fault) for fault in error.errors(include_url=False)}
+        # Each once, and in the schema's order where two stand at one place: the same bytes on every run.
+        found = dict.fromkeys(_finding(text, fault) for fault in error.errors(include_url=False))
         raise InvalidExperiment(tuple(sorted(found, key=lambda finding: finding.at))) from error
     return ExperimentFile(path, text.path, experiment, text)
 
@@ -72,20 +78,26 @@ def _finding(text: YamlText, fault: Any) -> Finding:
     """One pydantic error in our words: the dotted key, what is wrong, what to write."""
     kind = fault["type"]
     keys = _written_keys(text.data, fault["loc"], keep_last=kind == "missing")
-    dotted = ".".join(str(key) for key in keys)
+    dotted, at = _dotted(keys), text.at(keys)
     if kind == "extra_forbidden":
-        return Finding(SCHEMA_RULE, Severity.ERROR, text.at_key(keys), f"unknown key `{dotted}`", _near_key(keys))
-    if kind == "missing" or _is_null(text.data, keys):
+        at, message, hint = text.at_key(keys), f"unknown key `{dotted}`", _near_key(keys)
+    elif keys and isinstance(keys[-1], int) and _is_null(text.data, keys):
+        message, hint = f"`{dotted}` is empty", "remove it, or write its value"
+    elif kind == "missing" or _is_null(text.data, keys):
         example = EXAMPLES.get(dotted, "…")
-        hint = f"add `{keys[-1]}: {example}`" + (f" under `{'.'.join(map(str, keys[:-1]))}`" if keys[:-1] else "")
-        return Finding(SCHEMA_RULE, Severity.ERROR, text.at(keys), f"`{dotted}` is missing", hint)
-    if kind == "mergetune":
-        hint = fault["ctx"]["hint"]
+        message = f"`{dotted}` is missing"
+        hint = f"add `{keys[-1]}: {example}`" + (f" under `{_dotted(keys[:-1])}`" if keys[:-1] else "")
+    elif kind == "mergetune":
+        hint, key = fault["ctx"]["hint"], fault["ctx"]["key"]
         message = fault["msg"] if not dotted or fault["msg"].startswith("`train.") else f"`{dotted}`: {fault['msg']}"
-        return Finding(SCHEMA_RULE, Severity.ERROR, text.at(keys), message, hint)
-    return Finding(
-        SCHEMA_RULE, Severity.ERROR, text.at(keys), _plain_message(text, keys, fault), _type_hint(keys, fault)
-    )
+        at = text.at((*keys, *key.split("."))) if key else at
+    else:
+        message, hint = _plain_message(text, keys, fault), _type_hint(text, keys, fault)
+    return Finding(SCHEMA_RULE, Severity.ERROR, at, message, hint)
+
+
+def _dotted(keys: Keys) -> str:
+    return ".".join(excerpt(key) for key in keys)
 
 
 def _written_keys(data: Any, location: Iterable[str | int], *, keep_last: bool) -> Keys:
@@ -109,21 +121,63 @@ def _has(data: Any, part: str | int) -> bool:
 
 def _plain_message(text: YamlText, keys: Keys, fault: Any) -> str:
     value = _value(text.data, keys)
-    dotted = ".".join(str(key) for key in keys)
-    said = f"`{excerpt(value)}`" if isinstance(value, str) else f"a {_kind(value)}"
-    return f"`{dotted}` is {said}: {fault['msg'][:1].lower()}{fault['msg'][1:]}"
+    said = f"`{excerpt(value)}`" if isinstance(value, str) and value else f"a {_kind(value)}"
+    said = "empty" if value == "" else said
+    wanted = "input should be a mapping of keys to values" if fault["type"] in MAPPING_WANTED else fault["msg"]
+    return f"`{_dotted(keys)}` is {said}: {wanted[:1].lower()}{wanted[1:]}"
 
 
 def _kind(value: Any) -> str:
     return {dict: "mapping", list: "list", type(None): "null"}.get(type(value), type(value).__name__)
 
 
-def _type_hint(keys: Keys, fault: Any) -> str:
+def _type_hint(text: YamlText, keys: Keys, fault: Any) -> str:
+    value = _value(text.data, keys)
     if fault["type"] == "enum":
         expected = fault["ctx"]["expected"].replace("'", "`")
-        return f"write one of {expected}"
+        return f"write one of {expected}{_foreign(value)}"
+    if fault["type"] in MAPPING_WANTED:
+        return _mapping_hint(keys, value)
+    if fault["type"] in NUMBER_WANTED and (number := _number_meant(value, fault["type"])):
+        return f"write `{keys[-1]}: {number}`"
     description = _description(keys)
-    return f"{'.'.join(str(key) for key in keys)}: {description}" if description else "see docs/experiment.md"
+    return f"{_dotted(keys)}: {description}" if description else "see docs/experiment.md"
+
+
+def _mapping_hint(keys: Keys, value: Any) -> str:
+    """The value put where it belongs: `base: Qwen/Qwen3-0.6B` is `base: {model: Qwen/Qwen3-0.6B}`."""
+    section = _section(keys)
+    if section is None:
+        return f"write `{keys[-1]}: {{key: value}}`" if keys else "write `key: value` lines"
+    first = next((name for name, field in section.model_fields.items() if field.is_required()), None)
+    if first is None:
+        return f"write `{keys[-1]}: {{}}` for the defaults, or its keys: {', '.join(section.model_fields)}"
+    given = excerpt(value) if isinstance(value, str) else EXAMPLES.get(f"{_dotted(keys)}.{first}", "…")
+    needed = [name for name, field in section.model_fields.items() if field.is_required()]
+    written = EXAMPLES[_dotted(keys)] if len(needed) > 1 else f"{{{first}: {given}}}"
+    return f"write `{keys[-1]}: {written}`"
+
+
+def _number_meant(value: Any, fault_type: str) -> str | None:
+    """The number that `2,048`, `$10`, `0x1F` or `３` probably is."""
+    text = unicodedata.normalize("NFKC", str(value)).replace(" ", "").strip("$€£")
+    if re.fullmatch(r"0[xob][0-9a-fA-F]{1,12}", text):
+        with contextlib.suppress(ValueError):
+            return str(int(text, 0))
+    if fault_type == "int_parsing" and re.fullmatch(r"[0-9]{1,6}e[0-9]", text):
+        return f"{float(text):.0f}"
+    if re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+", text):
+        return text.replace(",", "")
+    if fault_type == "float_parsing" and (part := re.fullmatch(r"([0-9]{1,6})/([1-9][0-9]{0,5})", text)):
+        return f"{int(part[1]) / int(part[2]):g}"
+    plain = re.fullmatch(r"[0-9]{1,12}" + (r"(\.[0-9]{1,12})?" if fault_type == "float_parsing" else ""), text)
+    return text if plain and text != str(value) else None
+
+
+def _foreign(word: Any) -> str:
+    """A note on the first letter that only looks like one of ours; empty without one."""
+    letter = next((one for one in str(word) if not one.isascii() and one.isalpha()), None)
+    return f": `{letter}` is U+{ord(letter):04X}, not a Latin letter" if letter else ""
 
 
 def _near_key(keys: Keys) -> str:
@@ -133,7 +187,9 @@ def _near_key(keys: Keys) -> str:
     if elsewhere := _elsewhere(str(keys[-1])):
         return f"write it as `{elsewhere}`"
     known = list(section.model_fields)
-    near = nearest(str(keys[-1]), known)
+    near = nearest(str(keys[-1])[:80], known)
+    if near and (foreign := _foreign(keys[-1])):
+        return f"write `{near}`{foreign}"
     return f"did you mean `{near}`?" if near else f"known here: {', '.join(known)}"
 
 

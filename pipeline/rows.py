@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.dataset_facts import Problem
+from pipeline.errors import redact
 
 FORMATS = "`messages`, `prompt` + `completion`, `conversations` (from/value) or `text`"
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -85,13 +86,41 @@ def check_row(raw: Any) -> DataRow:
         return DataRow("conversations", [], _messages(renamed, "conversations"), _tools(raw))
     if "text" in given:
         return DataRow("text", "", _text(raw["text"], "text"))
-    columns = ", ".join(f"`{key}`" for key in raw) or "no columns"
+    columns = ", ".join(f"`{shown(key)}`" for key in list(raw)[:8]) or "no columns"
+    columns += f" and {len(raw) - 8} more" if len(raw) > 8 else ""
     raise BadRow(Problem.FORMAT, f"no known format: the row has {columns}", f"write {FORMATS}")
+
+
+def shown(value: object, longest: int = 60) -> str:
+    """Text of a row for a message: cut, without tokens, with escapes for what would steer a terminal."""
+    text = redact(str(value))
+    text = text if len(text) <= longest else f"{text[: longest - 1]}…"
+    return "".join(one if one.isprintable() else f"\\u{ord(one):04x}" for one in text)
 
 
 def kind_of(value: Any) -> str:
     """What a JSON value is, in words."""
     return JSON_NAMES.get(type(value), "a number")
+
+
+def parse_line(text: bytes) -> tuple[Any, str]:
+    """The JSON value of a line, or what is wrong with it."""
+    try:
+        return json.loads(text.decode("utf-8-sig")), ""
+    except (ValueError, RecursionError) as error:
+        return None, _json_fault(error)
+
+
+def _json_fault(error: Exception) -> str:
+    """The decoder's words without its own line numbers: it saw one line."""
+    match error:
+        case json.JSONDecodeError():
+            return f"not JSON: {error.msg.removesuffix(' starting at')} at character {error.pos + 1}"
+        case UnicodeDecodeError():
+            return f"not UTF-8 text: byte 0x{error.object[error.start]:02x} at byte {error.start + 1}"
+        case RecursionError():
+            return "not JSON that can be read: nested too deep"
+    return "not JSON that can be read: a number of thousands of digits"
 
 
 def _pair(raw: Mapping[str, Any]) -> DataRow:
@@ -124,7 +153,7 @@ def _message(message: Any, name: str) -> dict[str, Any]:
         raise BadRow(Problem.FORMAT, f"`{name}` is {kind_of(message)}", "write an object with role and content")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise BadRow(Problem.ROLES, f"`{name}` has the role `{role}`", f"use one of {', '.join(ROLES)}")
+        raise BadRow(Problem.ROLES, f"`{name}` has the role `{shown(role)}`", f"use one of {', '.join(ROLES)}")
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text") or "") for part in content)
     only_calls = role == "assistant" and message.get("tool_calls") and content in (None, "")
@@ -149,7 +178,11 @@ def _text(value: Any, name: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:  # `\ud83d` alone is valid JSON, and no tokenizer takes it
-        raise BadRow(Problem.CONTENT, f"`{name}` has half a character: {error.reason}", "write it in UTF-8") from error
+        raise BadRow(
+            Problem.CONTENT,
+            f"`{name}` has half a character, `\\u{ord(value[error.start]):04x}`",
+            "write the character whole, or remove it",
+        ) from error
     return value
 
 

@@ -12,11 +12,17 @@ from typing import Any
 
 import yaml
 
-from pipeline.errors import Finding, InvalidExperiment, Place, Severity
+from pipeline.errors import Finding, InvalidExperiment, Place, Severity, excerpt
 
 MAX_BYTES = 256 * 1024  # An experiment is a page or two; beyond this it is the wrong file.
 MAX_DEPTH = 12
-MAX_NODES = 20_000
+MAX_NODES = 5_000
+NULLS = ("", "~", "null", "Null", "NULL")
+
+# What hides in an editor or a terminal: control characters, line ends that only YAML sees, marks that turn text around.
+HIDDEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2060\u2066-\u2069\ufeff]")
+# Tags that a plain value gets by its looks; written out (`!!str`) they change nothing here.
+IMPLICIT_TAGS = {"null", "bool", "int", "float", "timestamp", "str", "map", "seq", "merge", "value"}
 
 Keys = tuple[str | int, ...]
 
@@ -64,14 +70,16 @@ def parse_yaml(text: str, shown: str) -> YamlText:
     top = Place(shown)
     _refuse_control_characters(text, shown)
     try:
+        _refuse_deep_nesting(text, shown)
         node = yaml.compose(text, Loader=_loader())
     except yaml.MarkedYAMLError as error:
         raise invalid(
             _place(shown, error.problem_mark), f"not YAML: {_problem(error)}", _syntax_hint(error, text)
         ) from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise invalid(top, f"not YAML: {str(error).splitlines()[0]}") from error
-    if node is None:
+        hint = "start from `mergetune init NAME`"
+        raise invalid(top, f"not YAML: {str(error).splitlines()[0]}", hint) from error
+    if node is None or _is_null(node):
         raise invalid(top, "the file is empty", "start from `mergetune init NAME`")
     builder = _Builder(shown)
     data = builder.build(node, (), 0)
@@ -94,7 +102,7 @@ def resolve_plain(value: Any) -> Any:
         return value
     if value.lower() in ("true", "false"):
         return value.lower() == "true"
-    if re.fullmatch(r"[-+]?[0-9]+", value):
+    if re.fullmatch(r"[-+]?[0-9]{1,300}", value):  # Python refuses to read 4,300 digits
         return int(value)
     if re.fullmatch(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", value):
         number = float(value)
@@ -126,18 +134,50 @@ def _read(path: Path, at: Place) -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        message = f"not UTF-8 text: byte 0x{raw[error.start]:02x}"
-        raise invalid(Place(at.path, line, 1), message, "save the file as UTF-8") from error
+        message, hint = f"not UTF-8 text: byte 0x{raw[error.start]:02x}", "save the file as UTF-8"
+        if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+            message = "not UTF-8 text but UTF-16"
+        elif b"\0" in raw:
+            message, hint = f"not UTF-8 text but a binary file ({len(raw)} bytes)", "pass the experiment's YAML file"
+        raise invalid(Place(at.path, line, 1), message, hint) from error
 
 
 def _refuse_control_characters(text: str, shown: str) -> None:
-    found = re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202a-\u202e\u2066-\u2069]", text)
+    found = HIDDEN.search(text)
     if not found:
         return
     line = text.count("\n", 0, found.start()) + 1
     column = found.start() - text.rfind("\n", 0, found.start())
-    message = f"control character U+{ord(found.group()):04X}"
-    raise invalid(Place(shown, line, column), message, "remove it; is this a binary file?")
+    raise _hidden(Place(shown, line, column), found.group())
+
+
+def _hidden(at: Place, character: str) -> InvalidExperiment:
+    name = f"control character U+{ord(character):04X}"
+    if character in "\0\x03\x04\x14":
+        return invalid(at, name, "remove it; is this a binary file?")
+    return invalid(at, f"{name}: a reviewer would not see what stands here", "remove it")
+
+
+def _is_null(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and not node.style and node.value in NULLS
+
+
+def _refuse_deep_nesting(text: str, shown: str) -> None:
+    """Count levels without recursion: libyaml composes by recursion, and 50,000 levels overflow the stack.
+
+    Each level takes a bracket or a column, so text with few of both needs no look.
+    """
+    if text.count("[") + text.count("{") + max(map(len, text.splitlines()), default=0) < 1000:
+        return
+    depth = 0
+    for event in yaml.parse(text, Loader=_loader()):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH + 1:  # the mapping at the top is level 0 of the data
+            raise _too_deep(_place(shown, event.start_mark))
+
+
+def _too_deep(at: Place) -> InvalidExperiment:
+    return invalid(at, "nested too deep or too large for an experiment", "flatten it")
 
 
 def _place(shown: str, mark: Any) -> Place:
@@ -159,12 +199,33 @@ def _syntax_hint(error: yaml.MarkedYAMLError, text: str) -> str:
     if "cannot start any token" in problem:
         return f"quote the value: plain text cannot start with `{line[column : column + 1]}`"
     if "mapping values are not allowed" in problem:
-        return "quote the value if it contains `: `"
+        return _colon_hint(lines, at_line)
+    if "unknown escape character" in problem:
+        return "write the text in single quotes, or each `\\` twice"
+    opened = error.context_mark.line + 1 if error.context_mark else 0
+    if "could not find expected ':'" in problem:
+        return f"write `: ` after the key on line {opened}"
+    if at_line > error.context_mark.line if error.context_mark else False:
+        if "quoted scalar" in (error.context or ""):
+            return f"close the quote of line {opened}"
+        if "flow" in (error.context or ""):
+            return f"close the bracket of line {opened}, or check the indentation and quotes after it"
     if "expected a single document" in _problem(error):
         return "one experiment per file: remove the `---`"
     if "undefined alias" in problem:
         return "quote a value that starts with `*`"
     return "check the indentation and quotes on this line and the one above"
+
+
+def _colon_hint(lines: list[str], at: int) -> str:
+    """Why a `: ` stands where none may: in a value, after a line without one, or on a line indented too far."""
+    line = lines[at] if at < len(lines) else ""
+    before = lines[at - 1] if at else ""
+    if re.fullmatch(r"\s*[\w-]+:\S+", before):
+        return f"write a space after the colon on line {at}"
+    if len(re.findall(r":(?: |$)", line)) == 1 and len(line) - len(line.lstrip()) > len(before) - len(before.lstrip()):
+        return f"indent it like line {at}"
+    return "quote the value if it contains `: `"
 
 
 class _Builder:
@@ -180,7 +241,7 @@ class _Builder:
         at = _place(self.shown, node.start_mark)
         self.values[keys] = at
         if depth > MAX_DEPTH or len(self.values) > MAX_NODES:
-            raise invalid(at, "nested too deep or too large for an experiment", "flatten it")
+            raise _too_deep(at)
         # An alias gives the same node object twice: anchors would let one line mean another (and bombs explode).
         if id(node) in self.seen:
             raise invalid(at, "YAML anchors and aliases are not allowed", "write the value out: one file says all")
@@ -190,6 +251,7 @@ class _Builder:
             return self._mapping(node, keys, depth)
         if isinstance(node, yaml.SequenceNode):
             return [self.build(item, (*keys, index), depth + 1) for index, item in enumerate(node.value)]
+        self._refuse_hidden(node, at)
         return _scalar(node)
 
     def _mapping(self, node: yaml.MappingNode, keys: Keys, depth: int) -> dict[str, Any]:
@@ -198,21 +260,29 @@ class _Builder:
             at = _place(self.shown, key_node.start_mark)
             if not isinstance(key_node, yaml.ScalarNode):
                 raise invalid(at, "a key must be plain text", "quote a key that starts with `{` or `[`")
+            self._refuse_hidden(key_node, at)
             key = str(key_node.value)
             if key == "<<" and not key_node.style:
                 raise invalid(at, "YAML merge keys are not allowed", "write the keys out: one file says all")
             if key in built:
                 first = self.keys[(*keys, key)].line
-                raise invalid(at, f"duplicate key `{key}`", f"keep one: it also stands on line {first}")
+                raise invalid(at, f"duplicate key `{excerpt(key)}`", f"keep one: it also stands on line {first}")
             self.keys[(*keys, key)] = at
             built[key] = self.build(value_node, (*keys, key), depth + 1)
         return built
 
     def _refuse_tag(self, node: yaml.Node, at: Place) -> None:
-        if node.tag and not node.tag.startswith("tag:yaml.org,2002:"):
-            raise invalid(at, f"YAML tag `{node.tag}` is not allowed", "remove the tag, or quote a value with `!`")
-        if node.tag and "python" in node.tag:
-            raise invalid(at, f"YAML tag `{node.tag}` is not allowed", "remove the tag")
+        standard, written = "tag:yaml.org,2002:", str(node.tag or "")
+        if not written.startswith(standard):
+            raise invalid(at, f"YAML tag `{excerpt(written)}` is not allowed", "remove it, or quote a value with `!`")
+        if written.removeprefix(standard) not in IMPLICIT_TAGS:
+            short = excerpt(written.replace(standard, "!!"))
+            raise invalid(at, f"YAML tag `{short}` is not allowed", "remove the tag")
+
+    def _refuse_hidden(self, node: yaml.Node, at: Place) -> None:
+        """Double quotes can spell what the file itself may not hold: `\\0`, `\\u202E`."""
+        if isinstance(node, yaml.ScalarNode) and node.style == '"' and (found := HIDDEN.search(node.value)):
+            raise _hidden(at, found.group())
 
 
 def _scalar(node: yaml.Node) -> str | None:
@@ -220,6 +290,6 @@ def _scalar(node: yaml.Node) -> str | None:
         raise TypeError(f"not a scalar node: {node!r}")
     if node.style:  # `"`, `'`, `|` or `>`; empty when unquoted
         return str(node.value)
-    if node.value in ("", "~", "null", "Null", "NULL"):
+    if node.value in NULLS:
         return None
     return Plain(node.value)

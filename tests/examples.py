@@ -18,9 +18,9 @@ train:
   max_length: 2048
   learning_rate: 2e-4
   lora: {r: 64, alpha: 128, targets: [q_proj, k_proj, v_proj, o_proj]}
-merge: {flavor: cpu-upgrade, timeout: 1h}
-gguf: {quants: [Q4_K_M, Q8_0]}
-evaluate: {max_new_tokens: 100}
+merge: {flavor: t4-medium, timeout: 1h}
+gguf: {flavor: t4-medium, quants: [Q4_K_M, Q8_0]}
+evaluate: {flavor: cpu-xl, max_new_tokens: 100}
 output: {repo: acme/coach-12b}
 budget: {max_usd: 10}
 """

@@ -38,7 +38,7 @@ def test_resolved_fills_in_every_default_and_is_json() -> None:
     resolved = json.loads(json.dumps(parse_experiment(text).experiment.resolved()))
     assert resolved["train"]["lora"]["r"] == 16
     assert resolved["train"]["gradient_accumulation"] == 8
-    assert resolved["merge"] == {"flavor": "cpu-upgrade", "timeout": 3600}
+    assert resolved["merge"] == {"flavor": "t4-medium", "timeout": 3600}
     assert resolved["data"]["eval"] == {"fraction": 0.05, "split": None, "dataset": None}
 
 
@@ -93,7 +93,7 @@ TABLE = [
     (r"targets: \[.*\]", "targets: q_proj", "15:38", "`train.lora.targets`", ""),
     ("Q4_K_M, Q8_0", "Q4_K", "17:7", "`Q4_K` is not a quant", "write `Q4_K"),
     ("Q4_K_M, Q8_0", "Q8_0, Q8_0", "17:7", "a quant stands twice", "write `[Q8_0]`"),
-    ("Q4_K_M, Q8_0", "", "17:16", "at least 1 item", "llama.cpp quants"),
+    ("Q4_K_M, Q8_0", "", "17:35", "at least 1 item", "llama.cpp quants"),
     ("acme/coach-12b", "coach-12b", "19:16", "`coach-12b` is not a repository id", "namespace/name"),
     ("acme/coach-12b", "acme/co--ach", "19:16", "is not a repository id", "namespace/name"),
     ("acme/coach-12b", "a/b/c", "19:16", "is not a repository id", "namespace/name"),
