@@ -14,11 +14,10 @@ from typing import Any
 
 from pipeline.dataset_facts import DatasetFacts
 from pipeline.experiment import Experiment, Method
-from pipeline.facts import DataFacts
+from pipeline.facts import FinishedRun
 from pipeline.flavors import CONTAINER_START_S, FLAVORS, Flavor
 from pipeline.models import ModelShape
 
-CHARACTERS_PER_TOKEN = 4.0  # English text under a 30k-260k vocabulary, where nothing was counted
 BAND, CORRECTED_BAND = 0.5, 0.25  # The expected duration may be off by this part, each way.
 # Dense bf16 rate of the vendors' data sheets, TFLOP/s. A T4 has no bf16 tensor cores: its fp32 rate.
 TFLOPS = {"T4": 8.1, "L4": 121, "A10G": 70, "L40S": 362, "A100": 312, "H200": 989, "RTX PRO 6000": 500}
@@ -47,29 +46,15 @@ class CostEstimate:
     needed_s: float | None = None  # what the work takes, also where that is longer than the timeout
 
 
-@dataclass(frozen=True)
-class FinishedRun:
-    """How long one stage took where it ran on a job's hardware, and what had been predicted for it."""
-
-    stage: str
-    method: str
-    gpu: str | None
-    predicted_s: float
-    actual_s: float
-
-
-def estimate_tokens(experiment: Experiment, data: DataFacts | DatasetFacts) -> float:
-    """Tokens one pass reads: as counted, or characters over four with no row longer than `max_length`."""
-    length = experiment.train.max_length
-    if isinstance(data, DatasetFacts):
-        return data.tokens.total if data.tokens else data.training_rows * length
-    return min(data.characters / CHARACTERS_PER_TOKEN, data.rows * length)
+def estimate_tokens(experiment: Experiment, data: DatasetFacts) -> float:
+    """Tokens one pass reads: as counted, or every row as long as `max_length`."""
+    return data.tokens.total if data.tokens else data.training_rows * experiment.train.max_length
 
 
 def estimate_train_seconds(
     experiment: Experiment,
     shape: ModelShape,
-    data: DataFacts | DatasetFacts,
+    data: DatasetFacts,
     flavor: Flavor,
     finished: Sequence[FinishedRun] = (),
 ) -> float:
@@ -93,9 +78,9 @@ def estimate_cost(
     """
     needed = None if seconds is None else seconds + setup_s + CONTAINER_START_S
     total = None if needed is None else min(needed, timeout_s)
-    expected = None if total is None else _billed(total, flavor)
+    expected = None if total is None else billed_usd(total, flavor)
     band = CORRECTED_BAND if corrected else BAND
-    return CostEstimate(total, timeout_s, expected, _billed(timeout_s, flavor), band, needed)
+    return CostEstimate(total, timeout_s, expected, billed_usd(timeout_s, flavor), band, needed)
 
 
 def setup_seconds(shape: ModelShape) -> float:
@@ -133,13 +118,12 @@ def correction(finished: Iterable[FinishedRun], stage: str, method: str, gpu: st
     return min(max(statistics.median(ratios), low), high)
 
 
-def _micro_batches(experiment: Experiment, data: DataFacts | DatasetFacts) -> tuple[float, float]:
+def _micro_batches(experiment: Experiment, data: DatasetFacts) -> tuple[float, float]:
     """Micro-batches of one pass, and the tokens each row of them is long, padding included."""
     train = experiment.train
     tokens = estimate_tokens(experiment, data)
-    counted = data.tokens if isinstance(data, DatasetFacts) else None
-    known = data.training_rows if isinstance(data, DatasetFacts) else data.rows
-    rows = counted.sequences if counted else known
+    counted = data.tokens
+    rows = counted.sequences if counted else data.training_rows
     if train.packing:
         return math.ceil(tokens / (train.max_length * PACKED)) / train.batch_size, train.max_length
     mean = tokens / max(rows, 1)
@@ -149,14 +133,10 @@ def _micro_batches(experiment: Experiment, data: DataFacts | DatasetFacts) -> tu
     return rows / train.batch_size, max(mean, min(padded, longest))
 
 
-def _evaluating(experiment: Experiment, data: DataFacts | DatasetFacts, per_pass: float, batches: float) -> float:
+def _evaluating(experiment: Experiment, data: DatasetFacts, per_pass: float, batches: float) -> float:
     """Held-out micro-batches, as training ones: forward alone is a third. As often as `Reporter` of the script asks."""
-    train, held_out = experiment.train, experiment.data.eval
-    rows = 0.0
-    if isinstance(data, DatasetFacts):
-        rows = data.eval_file.training_rows if data.eval_file else data.rows - data.training_rows
-    elif held_out and held_out.fraction:
-        rows = data.rows * held_out.fraction
+    train = experiment.train
+    rows = data.eval_file.training_rows if data.eval_file else data.rows - data.training_rows
     epoch = math.ceil(per_pass / train.gradient_accumulation)
     steps = math.ceil(batches / train.gradient_accumulation)
     every = max(1, min(epoch, train.save_steps * math.ceil(steps / train.save_steps / 10)))
@@ -184,7 +164,7 @@ def _micro_batch_seconds(method: Method, shape: ModelShape, rows: int, length: f
     return seconds
 
 
-def _billed(seconds: float, flavor: Flavor) -> float:
-    """Dollars for whole minutes begun."""
+def billed_usd(seconds: float, flavor: Flavor) -> float:
+    """Dollars of a job that ran for `seconds`: whole minutes begun are billed."""
     minutes = -(-seconds // 60)
     return float(minutes * flavor.usd_per_minute)

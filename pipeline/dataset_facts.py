@@ -76,8 +76,9 @@ class TokenFacts:
 class DatasetFacts:
     """One data file. `rows` counts every row of it, good or bad; `training_rows` those that are not held out.
 
-    `exact` says that every row was read and counted with the base's own tokenizer and chat template; `estimated`
-    says why not. `eval_file` holds the facts of `data.eval.dataset`, `leaked` the training lines that it repeats.
+    `exact` says that every row was read and counted with the base's own tokenizer and chat template; `estimated` says
+    why not, `base_fault` too where the base's tokenizer or template is broken. `eval_file` holds the facts of
+    `data.eval.dataset` or its split, `leaked` the training lines that it repeats.
     """
 
     path: str
@@ -94,6 +95,7 @@ class DatasetFacts:
     estimated: str = ""
     sampled: bool = False
     has_template: bool | None = None
+    base_fault: str = ""
     eval_file: "DatasetFacts | None" = None
 
     def issue(self, *problems: Problem) -> Issues | None:

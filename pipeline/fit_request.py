@@ -9,7 +9,7 @@ from pipeline.loader import load_experiment
 from pipeline.memory import MemorySpec, spec_of
 from pipeline.models import CATALOGUE, ModelShape
 from pipeline.settings import find_root
-from pipeline.workspace import read_facts, shape_in, shown_path
+from pipeline.workspace import folder_of, read_facts, shape_in, shown_path
 
 
 def fit_of_experiment(path: Path) -> tuple[str, tuple[Fit, ...]]:
@@ -19,7 +19,7 @@ def fit_of_experiment(path: Path) -> tuple[str, tuple[Fit, ...]]:
         InvalidExperiment: the file cannot be read or breaks the schema.
         UserError: the base's shape is not known.
     """
-    root = find_root(path.resolve().parent)
+    root = find_root(folder_of(path))
     experiment = load_experiment(path, shown_path(path, root)).experiment
     shape = read_facts(experiment, root).shape
     if shape is None:

@@ -29,7 +29,7 @@ def run_locally(run: local.LocalRun, display: Display) -> RunResult:
     """
     try:
         done = local.look(run)
-        if pending := local.pending_stages(run, done):
+        if pending := run.plan.pending(done):
             with local.locked(run) as lock, interruptible():
                 done = _run_pending(run, lock, display)
         result = RunResult(run.plan, done, run.folder)
@@ -58,7 +58,7 @@ def interruptible() -> Iterator[None]:
 def _run_pending(run: local.LocalRun, lock: TextIO, display: Display) -> dict[StageName, local.Manifest]:
     # Look again under the lock: another process may have finished a stage since.
     done = local.look(run)
-    pending = local.pending_stages(run, done)
+    pending = run.plan.pending(done)
     shown = _Shown(progress_of(run.plan.run_id, [stage.name for stage in run.plan.stages], list(done)), display)
     builder = local.start_preparing(run, pending)
     try:

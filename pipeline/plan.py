@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from pipeline.cost import CostEstimate, estimate_cost, estimate_train_seconds, setup_seconds, stage_seconds
+from pipeline.cost import CostEstimate, correction, estimate_cost, estimate_train_seconds, setup_seconds, stage_seconds
 from pipeline.errors import UserError
 from pipeline.experiment import Evaluate, Experiment, Gguf, Merge, Method, Train, nearest
 from pipeline.facts import Facts
@@ -56,6 +57,41 @@ class Plan:
     experiment: Experiment
     stages: tuple[Stage, ...]
 
+    def needs(self, stage: StageName) -> StageName | None:
+        """The stage whose artifact `stage` reads, None when it starts from the base alone."""
+        if stage is StageName.TRAIN:
+            return None
+        full = self.experiment.train.method is Method.FULL
+        return StageName.TRAIN if stage is StageName.MERGE or full else StageName.MERGE
+
+    def pending(self, done: Collection[StageName]) -> list[Stage]:
+        """What is still to do, in order: missing end products, and what they need that is missing too.
+
+        Counted from the end: an artifact in the middle that somebody deleted after the end was reached is not made
+        again, because that could buy a second training.
+        """
+        used = {need for stage in self.stages if (need := self.needs(stage.name))}
+        wanted: set[StageName] = set()
+        for stage in self.stages:
+            current: StageName | None = stage.name if stage.name not in used else None
+            while current is not None and current not in done:
+                wanted.add(current)
+                current = self.needs(current)
+        return [stage for stage in self.stages if stage.name in wanted]
+
+    def repo(self, stage: StageName) -> str:
+        """The Hub repository a stage writes to."""
+        repo = self.experiment.output.repo
+        if stage is StageName.GGUF:
+            return f"{repo}-GGUF"
+        adapter = stage is StageName.TRAIN and self.experiment.train.method is not Method.FULL
+        return f"{repo}-adapter" if adapter else repo
+
+    @property
+    def repos(self) -> tuple[str, ...]:
+        """Every repository the run writes to, each once."""
+        return tuple(dict.fromkeys(self.repo(stage.name) for stage in self.stages))
+
     @property
     def worst_usd(self) -> float:
         """Every stage running into its timeout."""
@@ -85,6 +121,11 @@ def make_fingerprint(experiment: Experiment, facts: Facts) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def make_run_id(experiment: Experiment, fingerprint: str) -> str:
+    """The name of the run everywhere: of its tag, its jobs and its folder in the output repositories."""
+    return f"{experiment.name}-{fingerprint[:8]}"
+
+
 def make_plan(experiment: Experiment, facts: Facts) -> Plan:
     """Lay out the stages of an experiment.
 
@@ -94,13 +135,15 @@ def make_plan(experiment: Experiment, facts: Facts) -> Plan:
     if facts.missing:
         raise UserError(f"`{facts.missing[0]}` is not in this repository", "commit the file, or correct the path")
     fingerprint = make_fingerprint(experiment, facts)
-    run_id = f"{experiment.name}-{fingerprint[:8]}"
+    run_id = make_run_id(experiment, fingerprint)
     stages = [_train_stage(experiment, facts)]
     for name, section in _after_training(experiment):
         files = len(section.quants) + 1 if isinstance(section, Gguf) else 1
         flavor = flavor_named(section.flavor, name)
         seconds = stage_seconds(name, facts.shape, files)
-        cost = estimate_cost(seconds, section.timeout, flavor)
+        ratio = correction(facts.finished, name, experiment.train.method, flavor.gpu)
+        seconds = seconds * ratio if seconds and ratio else seconds
+        cost = estimate_cost(seconds, section.timeout, flavor, corrected=ratio is not None)
         stages.append(Stage(name, SCRIPTS[name], flavor, section.timeout, cost))
     return Plan(run_id, fingerprint, experiment, tuple(stages))
 
@@ -137,12 +180,12 @@ def _train_stage(experiment: Experiment, facts: Facts) -> Stage:
     train: Train = experiment.train
     flavor = flavor_named(train.flavor, "train")
     seconds = None
-    data = facts.dataset or facts.data
-    if facts.shape and data:
-        seconds = estimate_train_seconds(experiment, facts.shape, data, flavor)
+    if facts.shape and facts.dataset:
+        seconds = estimate_train_seconds(experiment, facts.shape, facts.dataset, flavor, facts.finished)
+    known = correction(facts.finished, StageName.TRAIN, train.method, flavor.gpu) is not None
     memory = estimate_memory(experiment, facts.shape) if facts.shape else None
     setup_s = setup_seconds(facts.shape) if facts.shape else 0.0
-    cost = estimate_cost(seconds, train.timeout, flavor, setup_s)
+    cost = estimate_cost(seconds, train.timeout, flavor, setup_s, known)
     script = train.script or SCRIPTS[StageName.TRAIN]
     return Stage(StageName.TRAIN, script, flavor, train.timeout, cost, memory)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
 
-from pipeline.chat_template import ChatTemplate
+from pipeline.chat_template import BadTemplate, ChatTemplate, Spent
 from pipeline.dataset_facts import Lines, TokenFacts
 from pipeline.rows import DataRow
 
@@ -40,19 +40,21 @@ class RowCount:
 
 
 class Counter(Protocol):
-    """Counts rows; `estimated` is empty, or says why the counts are not exact."""
+    """Counts rows; `estimated` is empty, or says why the counts are not exact. `broken`: the base is at fault."""
 
     estimated: str
+    broken: bool
 
     def count(self, rows: Sequence[DataRow], loss_on: str) -> list[RowCount]:
-        """One count per row, in their order."""
+        """One count per row, in their order, or of the first ones."""
 
 
 class RoughCounter:
     """Characters over four."""
 
-    def __init__(self, estimated: str) -> None:
+    def __init__(self, estimated: str, broken: bool = False) -> None:
         self.estimated = estimated
+        self.broken = broken
 
     def count(self, rows: Sequence[DataRow], loss_on: str) -> list[RowCount]:
         """One count per row, in their order."""
@@ -77,15 +79,19 @@ class ExactCounter:
     """The base's tokenizer and chat template, as transformers runs them."""
 
     def __init__(self, tokenizer: Any, template: ChatTemplate, eos: str) -> None:
-        self.estimated = ""
+        self.estimated, self.broken = "", False
         self.tokenizer, self.template, self.eos = tokenizer, template, eos
         self.marked = template.marks_turns and self._marks_can_be_used()
 
     def count(self, rows: Sequence[DataRow], loss_on: str) -> list[RowCount]:
-        """One count per row, in their order."""
+        """One count per row, in their order; of the first rows alone where the template's work for all is too much."""
         counts: list[RowCount] = []
+        self.template.renew()
         for start in range(0, len(rows), BATCH):
-            counts += self._batch(rows[start : start + BATCH], loss_on)
+            try:
+                counts += self._batch(rows[start : start + BATCH], loss_on)
+            except Spent:
+                break
         return counts
 
     def _batch(self, rows: Sequence[DataRow], loss_on: str) -> list[RowCount]:
@@ -213,11 +219,11 @@ def make_counter(files: Mapping[str, str], now: datetime) -> Counter:
     except ImportError as error:
         return RoughCounter(f"`{error.name}` is not installed")
     except ValueError as error:
-        return RoughCounter(str(error))
+        return RoughCounter(str(error), broken=isinstance(error, BadTemplate))
     try:
         tokenizer = Tokenizer.from_str(files["tokenizer.json"])
     except Exception as error:  # what the binding raises for a broken file has no class of its own
-        return RoughCounter(f"the base's tokenizer.json cannot be read: {error}")
+        return RoughCounter(f"the base's tokenizer.json cannot be read: {error}", broken=True)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return ExactCounter(tokenizer, template, template.special.get("eos_token", ""))

@@ -2,17 +2,21 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, excerpt
 from pipeline.experiment import Experiment
-from pipeline.facts import DataFacts, Facts
+from pipeline.facts import NOTHING, Facts, FromHub
 from pipeline.fields import is_path
 from pipeline.models import CATALOGUE, ModelShape, shape_of
 from pipeline.plan import in_repo_paths
+
+SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+LARGEST_SIZE = 100_000_000
 
 
 def find_experiments(root: Path, paths: list[Path]) -> list[Path]:
@@ -35,36 +39,57 @@ def find_experiments(root: Path, paths: list[Path]) -> list[Path]:
 
 def shown_path(path: Path, root: Path) -> str:
     """How a path is named in messages: relative to the repository when it lies inside it."""
-    resolved = path.resolve()
-    return resolved.relative_to(root).as_posix() if resolved.is_relative_to(root) else path.as_posix()
+    real = _real(path.parent) / path.name
+    return real.relative_to(root).as_posix() if real.is_relative_to(root) else path.as_posix()
 
 
-def read_facts(experiment: Experiment, root: Path) -> Facts:
-    """Content hashes, model shape and data size, as far as they lie in this repository or the catalogue."""
-    content: dict[str, str] = {}
-    missing: list[str] = []
-    for path in in_repo_paths(experiment):
-        if (root / path).exists():
-            content[path] = content_hash(root / path)
-        else:
-            missing.append(path)
-    dataset = experiment.data.dataset
-    config = _config(root / experiment.base.model) if is_path(experiment.base.model) else None
-    script = experiment.train.script
+def folder_of(path: Path) -> Path:
+    """The folder itself, or the one that a file lies in or would: where to look for the repository from."""
+    return _real(path if path.is_dir() else path.parent)
+
+
+def read_facts(experiment: Experiment, root: Path, fetched: FromHub = NOTHING) -> Facts:
+    """Content hashes, the base's shape and template, as far as they lie here, were `fetched`, or are well known."""
+    content, missing = read_content(experiment, root)
+    model, script = experiment.base.model, experiment.train.script
+    base = root / model if is_path(model) else fetched.base
+    config, fault = _config(base) if base and model not in missing else (None, "")
     return Facts(
         content=content,
-        missing=tuple(missing),
-        shape=shape_of(config) if config else CATALOGUE.get(experiment.base.model),
-        data=_data_facts(root / dataset) if is_path(dataset) and dataset not in missing else None,
+        missing=missing,
+        shape=shape_of(config) if config else CATALOGUE.get(model),
         config=config,
-        chat_template=_chat_template(root / experiment.base.model) if config else None,
+        config_fault=fault,
+        chat_template=_chat_template(base) if base and config else None,
         scripts={script: _text(root / script)} if script and script in content else {},
     )
 
 
+def read_content(experiment: Experiment, root: Path) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The hash of every in-repo path the experiment names, and the paths that are not there as what they are for."""
+    base, dataset = experiment.base.model, experiment.data.dataset
+    paths = in_repo_paths(experiment)
+    there = [path for path in paths if _lies_here(root / path, root, folder=path == base != dataset)]
+    return {path: content_hash(root / path) for path in there}, tuple(path for path in paths if path not in there)
+
+
+def _lies_here(path: Path, root: Path, *, folder: bool) -> bool:
+    """A file (or folder) inside the repository, links followed, and not the repository itself."""
+    try:
+        real, home = _real(path), _real(root)
+        return real != home and real.is_relative_to(home) and (real.is_dir() if folder else real.is_file())
+    except (OSError, ValueError):  # a name too long, a folder that may not be looked into
+        return False
+
+
+def _real(path: Path) -> Path:
+    """With links followed; `Path.resolve` of Python 3.11 raises for a link to itself."""
+    return Path(os.path.realpath(path))
+
+
 def shape_in(folder: Path) -> ModelShape | None:
     """The shape of the model whose config.json lies in a folder; None without one we can size."""
-    config = _config(folder)
+    config, _ = _config(folder)
     return shape_of(config) if config else None
 
 
@@ -91,9 +116,31 @@ def _file_hash(path: Path) -> str:
 
 
 @lru_cache(maxsize=256)
-def _config(base: Path) -> Mapping[str, Any] | None:
-    """The config.json of a base in this repository; None when unreadable, which the train stage refuses by name."""
-    return _json_object(base / "config.json")
+def _config(base: Path) -> tuple[Mapping[str, Any] | None, str]:
+    """The config.json of a base, or what is wrong with it."""
+    path = base / "config.json"
+    if not path.is_file():
+        return None, "is not there"
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        return None, f"is not JSON: {excerpt(error)}"
+    fault = _nonsense(loaded) if isinstance(loaded, dict) else "is not a JSON object"
+    return (None, fault) if fault else (loaded, "")
+
+
+def _nonsense(config: Mapping[str, Any]) -> str:
+    """A value that no model can be made of."""
+    text = config.get("text_config", config)
+    if not isinstance(text, Mapping):
+        return f"has `text_config: {excerpt(text)}`, which is not an object"
+    if not isinstance(config.get("model_type", ""), str):
+        return f"has `model_type: {excerpt(config['model_type'])}`, which is not a text"
+    for key in SIZES:
+        value = text.get(key, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < LARGEST_SIZE:
+            return f"has `{key}: {excerpt(value)}`, which is no size of a model"
+    return ""
 
 
 @lru_cache(maxsize=256)
@@ -114,23 +161,10 @@ def _chat_template(base: Path) -> str | None:
 def _json_object(path: Path) -> Mapping[str, Any] | None:
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return loaded if isinstance(loaded, dict) else None
 
 
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace")
-
-
-@lru_cache(maxsize=256)
-def _data_facts(path: Path) -> DataFacts | None:
-    """Rows and text of a JSONL file; None for Parquet, which this light install cannot read."""
-    if path.suffix != ".jsonl" or not path.is_file():
-        return None
-    rows = characters = 0
-    with path.open(encoding="utf-8", errors="replace") as handle:
-        for line in handle:
-            rows += bool(line.strip())
-            characters += len(line.rstrip())
-    return DataFacts(rows, characters)

@@ -18,7 +18,6 @@ from pipeline.cost import (
     stage_seconds,
 )
 from pipeline.dataset_facts import DatasetFacts, TokenFacts
-from pipeline.facts import DataFacts
 from pipeline.flavors import CONTAINER_START_S, FLAVORS
 from pipeline.loader import parse_experiment
 from pipeline.models import CATALOGUE, ModelShape
@@ -38,7 +37,7 @@ def facts(rows: int, tokens: int, longest: int | None = None) -> DatasetFacts:
     return DatasetFacts("rows.jsonl", rows, rows, "messages", is_chat=True, tokens=counted, exact=True)
 
 
-def seconds(text: str, data: DataFacts | DatasetFacts, shape: ModelShape = GEMMA, flavor: str = "a10g-large") -> float:
+def seconds(text: str, data: DatasetFacts, shape: ModelShape = GEMMA, flavor: str = "a10g-large") -> float:
     return estimate_train_seconds(parse_experiment(text).experiment, shape, data, FLAVORS[flavor])
 
 
@@ -61,12 +60,6 @@ def test_expected_never_passes_the_timeout_and_unknown_stays_unknown() -> None:
     assert stage_seconds("merge", None) is None
 
 
-def test_rows_longer_than_max_length_are_cut() -> None:
-    experiment = parse_experiment(GOOD).experiment
-    assert estimate_tokens(experiment, DataFacts(10, 4000)) == 1000
-    assert estimate_tokens(experiment, DataFacts(10, 4_000_000)) == 10 * 2048
-
-
 def test_counted_tokens_are_taken_as_they_are() -> None:
     experiment = parse_experiment(GOOD).experiment
     assert estimate_tokens(experiment, facts(10, 1234)) == 1234
@@ -75,10 +68,9 @@ def test_counted_tokens_are_taken_as_they_are() -> None:
 
 def test_the_projects_first_run_lies_within_the_band() -> None:
     # 1,000 coaching dialogues, 3 epochs, Gemma 3 12B on an A10G took two to three hours; 1,500 tokens a row assumed.
-    for data in (DataFacts(1000, 6_000_000), facts(1000, 1_500_000, 2048)):
-        expected = seconds(GOOD, data)
-        assert expected * (1 - BAND) <= 3 * 3600
-        assert expected * (1 + BAND) >= 2 * 3600
+    expected = seconds(GOOD, facts(1000, 1_500_000, 2048))
+    assert expected * (1 - BAND) <= 3 * 3600
+    assert expected * (1 + BAND) >= 2 * 3600
 
 
 # Seconds per step of eight rows on one A100: README of QwenLM/Qwen, "Profiling of Memory and Speed".
@@ -108,7 +100,7 @@ def test_published_speeds_are_met(size: str, method: str) -> None:
 def test_max_steps_replaces_epochs() -> None:
     whole = changed("  eval: .*\n", "")
     few = changed("epochs: 3", "max_steps: 5", whole)
-    data = DataFacts(1000, 4_000_000)
+    data = facts(1000, 1_000_000)
     assert seconds(few, data) == pytest.approx(seconds(whole, data) * 40 / 3000)
 
 

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 from examples import GOOD, changed
 
+from pipeline.dataset_facts import DatasetFacts, TokenFacts
 from pipeline.errors import UserError
-from pipeline.facts import DataFacts, Facts
+from pipeline.facts import Facts
 from pipeline.loader import parse_experiment
 from pipeline.models import CATALOGUE
 from pipeline.plan import StageName, in_repo_paths, make_fingerprint, make_plan
@@ -111,7 +112,9 @@ def test_costs_are_unknown_rather_than_guessed() -> None:
     plan = make_plan(parse_experiment(GOOD).experiment, Facts())
     assert plan.expected_usd is None
     assert plan.stages[0].memory is None
-    known = make_plan(parse_experiment(GOOD).experiment, replace(FACTS, data=DataFacts(1000, 4_000_000)))
+    counted = TokenFacts(1000, 1_000_000, 500_000, 2048)
+    rows = DatasetFacts("rows.jsonl", 1000, 1000, "messages", is_chat=True, tokens=counted)
+    known = make_plan(parse_experiment(GOOD).experiment, replace(FACTS, dataset=rows))
     assert known.expected_usd is not None
     assert 0 < known.expected_usd < known.worst_usd
 

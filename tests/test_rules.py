@@ -6,14 +6,17 @@ from pathlib import Path
 import pytest
 from examples import GOOD, changed
 
+from pipeline.dataset_facts import DatasetFacts, TokenFacts
 from pipeline.errors import Finding
-from pipeline.facts import DataFacts, Facts
+from pipeline.facts import Facts
 from pipeline.loader import parse_experiment
 from pipeline.models import CATALOGUE
 from pipeline.rules import ALL_RULES, Subject
 from pipeline.settings import Settings
 
 FACTS = Facts(shape=CATALOGUE["google/gemma-3-12b-it"])
+COUNTED = TokenFacts(1000, 1_000_000, 500_000, 2048)
+ROWS = DatasetFacts("rows.jsonl", 1000, 1000, "messages", is_chat=True, tokens=COUNTED)
 SETTINGS = Settings(namespaces=("acme",), max_usd_per_run=50)
 
 
@@ -39,8 +42,8 @@ BAD = [
         "dataset: acme/coach",
         "dataset: data/x.jsonl",
         Facts(missing=("data/x.jsonl",)),
-        "`data/x.jsonl` is not in this repository",
-        "commit it",
+        "`data/x.jsonl` is no file of this repository",
+        "commit that file",
     ),
     (
         "HUB001",
@@ -51,7 +54,7 @@ BAD = [
         "write `repo: acme/coach-12b`",
     ),
     ("MEM001", "flavor: a10g-large", "flavor: a10-large", FACTS, "no flavor `a10-large`", "write `flavor: a10g-large`"),
-    ("MEM001", "flavor: cpu-upgrade", "flavor: cpu", FACTS, "there is no flavor `cpu`", "write `flavor: cpu-"),
+    ("MEM001", "flavor: cpu-xl", "flavor: cpu", FACTS, "there is no flavor `cpu`", "write `flavor: cpu-"),
     ("MEM002", "max_length: 2048", "max_length: 16384", FACTS, "training may need", "write `flavor: "),
     ("MEM002", "max_length: 2048", "max_length: 65536", FACTS, "training needs", "write `flavor: "),
     (
@@ -59,14 +62,14 @@ BAD = [
         "max_usd: 10",
         "max_usd: 5",
         FACTS,
-        "costs $6.09, the budget is $5.00",
-        "write `timeout: 196m` under `train`",
+        "costs $8.20, the budget is $5.00",
+        "write `timeout: 112m` under `train`",
     ),
     (
         "TIM003",
         "timeout: 4h",
         "timeout: 1h",
-        Facts(shape=CATALOGUE["google/gemma-3-12b-it"], data=DataFacts(1000, 4_000_000)),
+        Facts(shape=CATALOGUE["google/gemma-3-12b-it"], dataset=ROWS),
         "`train` takes about ",
         "under `train`",
     ),
@@ -99,7 +102,7 @@ def test_every_rule_has_a_bad_case_and_a_page() -> None:
 
 
 def test_the_timeout_of_the_budget_hint_is_accepted() -> None:
-    assert finding_of("TIM001", changed("max_usd: 10", "max_usd: 5", changed("timeout: 4h", "timeout: 196m"))) is None
+    assert finding_of("TIM001", changed("max_usd: 10", "max_usd: 5", changed("timeout: 4h", "timeout: 112m"))) is None
 
 
 def test_the_flavor_of_the_memory_hint_is_accepted() -> None:
@@ -110,7 +113,7 @@ def test_the_flavor_of_the_memory_hint_is_accepted() -> None:
 
 
 def test_the_timeout_of_the_duration_hint_is_accepted() -> None:
-    facts = replace(FACTS, data=DataFacts(1000, 4_000_000))
+    facts = replace(FACTS, dataset=ROWS)
     finding = finding_of("TIM003", changed("timeout: 4h", "timeout: 1h"), facts)
     assert finding is not None
     timeout = finding.hint.split("`")[1]

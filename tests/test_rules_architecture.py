@@ -2,15 +2,19 @@
 
 import re
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from examples import GOOD, changed
 from rule_cases import HEADER, expect, place, run, with_sft
 
+from pipeline.dataset_facts import DatasetFacts
 from pipeline.rules.architecture import (
     LAYERS,
     attention_can_load,
+    base_can_read_text,
+    base_has_a_config,
     experts_stay_large,
     head_is_no_target,
     packing_needs_flash,
@@ -19,18 +23,37 @@ from pipeline.rules.architecture import (
 )
 
 RULES = (targets_are_layers, head_is_no_target, tower_left_out, packing_needs_flash, attention_can_load)
+HERE = changed("google/gemma-3-12b-it, revision: 96b6f1e", "./base")
+BROKEN = DatasetFacts(
+    "r.jsonl", 9, 9, "messages", is_chat=True, base_fault="the base's tokenizer.json cannot be read: x"
+)
 TARGETS = "targets: \\[q_proj, k_proj, v_proj, o_proj\\]"
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 MOE = {"model_type": "qwen3_moe", "num_experts": 128}
 WITH_KERNELS = {"scripts/train_sft.py": HEADER.replace('"trl==1.16.0"', '"trl==1.16.0", "kernels==0.18.2"')}
 
 
-@pytest.mark.parametrize("rule", (*RULES, experts_stay_large))
+@pytest.mark.parametrize("rule", (*RULES, experts_stay_large, base_has_a_config, base_can_read_text))
 def test_ok(rule) -> None:
     assert run(rule) is None
     assert run(rule, config=LLAMA) is None
     assert run(rule, config=None, shape=None, scripts={}) is None
     assert run(rule, config={"text_config": None, "num_experts": "8", "architectures": 3}, shape=None) is None
+
+
+@pytest.mark.parametrize(("text", "hint"), [(HERE, "into `./base`"), (GOOD, "base than `google/gemma-3-12b-it`")])
+def test_a_base_that_cannot_be_loaded(text: str, hint: str) -> None:
+    at = place(text, "./base" if text == HERE else "google/gemma")
+    finding = run(base_has_a_config, text, config=None, config_fault="is not JSON: x")
+    expect(finding, "`config.json` of `", hint, at)
+    assert "is not JSON: x" in finding.message
+    expect(run(base_can_read_text, text, dataset=BROKEN), "tokenizer.json cannot be read", hint, at)
+
+
+def test_a_template_without_answers_is_told_once() -> None:
+    said = replace(BROKEN, base_fault="the base's chat template is not Jinja: x")
+    assert run(base_can_read_text, HERE, dataset=said, chat_template="{% x %}") is None
+    assert run(base_can_read_text, HERE, dataset=said) is not None
 
 
 @pytest.mark.parametrize(

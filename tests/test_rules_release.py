@@ -30,7 +30,7 @@ def test_ok(rule) -> None:
     ],
 )
 def test_bad_architecture(config, message, hint) -> None:
-    expect(run(converter_knows_base, config=config), message, hint, place(GOOD, "{quants"))
+    expect(run(converter_knows_base, config=config), message, hint, place(GOOD, "{flavor: t4-medium, quants"))
 
 
 def test_the_text_models_architecture_counts_but_for_the_exceptions() -> None:

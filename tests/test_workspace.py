@@ -8,11 +8,10 @@ import pytest
 from examples import GOOD, changed
 
 from pipeline.errors import UserError
-from pipeline.facts import DataFacts
 from pipeline.loader import parse_experiment
 from pipeline.models import CATALOGUE
 from pipeline.settings import Settings, find_root, load_settings
-from pipeline.workspace import content_hash, find_experiments, read_facts, shown_path
+from pipeline.workspace import content_hash, find_experiments, folder_of, read_content, read_facts, shown_path
 
 LOCAL = changed(
     "google/gemma-3-12b-it, revision: 96b6f1e", "./base", changed("dataset: acme/coach", "dataset: d.jsonl")
@@ -28,7 +27,6 @@ def test_facts_of_in_repo_data_and_base(tmp_path: Path) -> None:
     facts = read_facts(parse_experiment(LOCAL).experiment, tmp_path)
     assert facts.missing == ()
     assert facts.content["d.jsonl"] == hashlib.sha256(rows.encode()).hexdigest()
-    assert facts.data == DataFacts(rows=2, characters=32)
     assert facts.shape is not None
     assert facts.shape.hidden == 64
 
@@ -37,8 +35,58 @@ def test_what_is_not_there_is_missing_and_unknown(tmp_path: Path) -> None:
     facts = read_facts(parse_experiment(LOCAL).experiment, tmp_path)
     assert facts.missing == ("./base", "d.jsonl")
     assert facts.shape is None
-    assert facts.data is None
     assert read_facts(parse_experiment(GOOD).experiment, tmp_path).shape == CATALOGUE["google/gemma-3-12b-it"]
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (None, "is not there"),
+        ("{", "is not JSON: Expecting property name"),
+        ("[" * 100_000, "is not JSON: "),
+        ("[]", "is not a JSON object"),
+        ('{"text_config": []}', "has `text_config: []`, which is not an object"),
+        ('{"model_type": ["llama"]}', "has `model_type: ['llama']`, which is not a text"),
+        ('{"hidden_size": -1}', "has `hidden_size: -1`, which is no size of a model"),
+        ('{"text_config": {"vocab_size": "two"}}', "has `vocab_size: two`, which is no size"),
+        ('{"model_type": "llama"}', ""),
+    ],
+)
+def test_a_config_that_is_none(tmp_path: Path, text: str | None, fault: str) -> None:
+    (tmp_path / "base").mkdir()
+    if text is not None:
+        (tmp_path / "base/config.json").write_text(text)
+    facts = read_facts(parse_experiment(LOCAL).experiment, tmp_path)
+    assert facts.config_fault.startswith(fault)
+    assert (facts.config is None) == bool(facts.config_fault) == bool(fault)
+
+
+def test_a_path_counts_as_there_only_as_what_it_is_for(tmp_path: Path) -> None:
+    root, outside = tmp_path / "here", tmp_path / "outside"
+    for folder in (root / "base", root / "folder.jsonl", outside):
+        folder.mkdir(parents=True)
+    for file in (root / "d.jsonl", root / "file.jsonl", outside / "d.jsonl"):
+        file.write_text("{}")
+    (root / "leaves").symlink_to(outside)
+    (root / "stays").symlink_to("base")
+    (root / "loop").symlink_to("loop")
+
+    def missing(base: str, data: str) -> tuple[str, ...]:
+        text = changed("./base", base, changed("d.jsonl", data, LOCAL))
+        return read_content(parse_experiment(text).experiment, root)[1]
+
+    assert missing("./base", "d.jsonl") == missing("./stays", "file.jsonl") == ()
+    for bad in ("./file.jsonl", "./", "./leaves", "./loop"):
+        assert missing(bad, "d.jsonl") == (bad,)
+    for bad in ("./folder.jsonl", "./leaves/d.jsonl", "./loop/d.jsonl"):
+        assert missing("./base", bad) == (bad,)
+
+
+def test_a_link_to_itself_has_a_name_and_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
+    assert shown_path(tmp_path / "loop.yaml", tmp_path) == "loop.yaml"
+    assert folder_of(tmp_path / "loop.yaml") == tmp_path
+    assert folder_of(tmp_path) == tmp_path
 
 
 def test_a_folders_hash_covers_names_and_contents(tmp_path: Path) -> None:

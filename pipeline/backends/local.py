@@ -20,12 +20,10 @@ from typing import Any, TextIO
 
 from pipeline.backends.process import EVENT_PREFIX, OnEvent, follow, living_pid, note_pids
 from pipeline.errors import UserError
-from pipeline.experiment import Method
 from pipeline.facts import Facts
 from pipeline.fields import is_path
 from pipeline.plan import Plan, Stage, StageName
-
-RUN_SCHEMA = 1
+from pipeline.run_json import make_inputs, make_run_json
 
 Manifest = dict[str, Any]
 
@@ -92,22 +90,6 @@ def look(run: LocalRun) -> dict[StageName, Manifest]:
     return {name: manifest for name, manifest in found.items() if manifest is not None}
 
 
-def pending_stages(run: LocalRun, done: dict[StageName, Manifest]) -> list[Stage]:
-    """What is still to do, in order: missing end products, and what they need that is missing too.
-
-    An artifact in the middle that somebody deleted after the end was reached is not made again.
-    """
-    names = [stage.name for stage in run.plan.stages]
-    used = {need for name in names if (need := _needs(run.plan, name))}
-    wanted: set[StageName] = set()
-    for name in names:
-        current: StageName | None = name if name not in used else None
-        while current is not None and current not in done:
-            wanted.add(current)
-            current = _needs(run.plan, current)
-    return [stage for stage in run.plan.stages if stage.name in wanted]
-
-
 def run_stage(run: LocalRun, stage: Stage, lock: TextIO, on_event: OnEvent) -> Manifest:
     """Run one stage's script to its end, passing on its events; returns the manifest it wrote.
 
@@ -152,15 +134,6 @@ def start_preparing(run: LocalRun, pending: list[Stage]) -> subprocess.Popen[byt
         return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
 
 
-def _needs(plan: Plan, stage: StageName) -> StageName | None:
-    """The stage whose artifact `stage` reads, None when it starts from the base alone."""
-    if stage is StageName.TRAIN:
-        return None
-    if stage is StageName.MERGE or plan.experiment.train.method is Method.FULL:
-        return StageName.TRAIN
-    return StageName.MERGE
-
-
 def _finished(run: LocalRun, stage: StageName) -> Manifest | None:
     """The manifest of a stage's artifact if it is of this run, of these inputs, and whole."""
     manifest = read_manifest(run.artifact(stage))
@@ -198,42 +171,13 @@ def _same_inputs(recorded: dict[str, Any], now: dict[str, Any]) -> bool:
 
 def _inputs(run: LocalRun, stage: StageName) -> dict[str, Any]:
     """What the script of a stage reads, each with the hash of its content."""
-    experiment = run.plan.experiment
-    base = _source(run, experiment.base.model, "model", experiment.base.revision)
-    match stage:
-        case StageName.TRAIN:
-            return {"base": base, **_data_inputs(run)}
-        case StageName.MERGE:
-            return {"base": base, "adapter": _made_by(run, StageName.TRAIN)}
-        case StageName.GGUF:
-            return {"model": _tuned(run)}
-        case StageName.EVALUATE:
-            inputs = {"base": base, "tuned": _tuned(run), **_data_inputs(run)}
-            evaluate = experiment.evaluate
-            if evaluate and evaluate.prompts:
-                prompts = _source(run, evaluate.prompts, "dataset", None)
-                inputs["prompts"] = {**prompts, "max_new_tokens": evaluate.max_new_tokens}
-            return inputs
 
+    def source(name: str, kind: str, revision: str | None) -> dict[str, Any]:
+        if is_path(name):
+            return {"path": str(run.root / name), "sha256": run.facts.content[name]}
+        return {"repo": name, "revision": revision, "type": kind}
 
-def _tuned(run: LocalRun) -> dict[str, Any]:
-    full = run.plan.experiment.train.method is Method.FULL
-    return _made_by(run, StageName.TRAIN if full else StageName.MERGE)
-
-
-def _data_inputs(run: LocalRun) -> dict[str, Any]:
-    data = run.plan.experiment.data
-    source = _source(run, data.dataset, "dataset", data.revision)
-    inputs = {"data": source if "path" in source else {**source, "subset": data.subset}}
-    if data.eval and data.eval.dataset:
-        inputs["eval_data"] = _source(run, data.eval.dataset, "dataset", data.revision)
-    return inputs
-
-
-def _source(run: LocalRun, source: str, kind: str, revision: str | None) -> dict[str, Any]:
-    if is_path(source):
-        return {"path": str(run.root / source), "sha256": run.facts.content[source]}
-    return {"repo": source, "revision": revision, "type": kind}
+    return make_inputs(run.plan, stage, source, lambda made: _made_by(run, made))
 
 
 def _made_by(run: LocalRun, stage: StageName) -> dict[str, Any]:
@@ -250,19 +194,9 @@ def _digest(value: object) -> str:
 def _run_json(run: LocalRun, stage: Stage) -> dict[str, Any]:
     previous = run.stage_folder(stage.name) / "run.json"
     attempt = json.loads(previous.read_text(encoding="utf-8"))["attempt"] + 1 if previous.exists() else 1
-    return {
-        "schema": RUN_SCHEMA,
-        "run_id": run.plan.run_id,
-        "fingerprint": run.plan.fingerprint,
-        "stage": stage.name,
-        "attempt": attempt,
-        "experiment": run.plan.experiment.resolved(),
-        "inputs": _inputs(run, stage.name),
-        "output": {"path": str(run.artifact(stage.name))},
-        "work": str(run.stage_folder(stage.name) / "work"),
-        "device": run.device,
-        "predicted": {"duration_s": stage.cost.expected_s, "memory_gib": stage.memory and stage.memory.total},
-    }
+    output, inputs = {"path": str(run.artifact(stage.name))}, _inputs(run, stage.name)
+    work = str(run.stage_folder(stage.name) / "work")
+    return make_run_json(run.plan, stage, attempt, inputs, output, work=work, device=run.device)
 
 
 def _environment(run: LocalRun) -> dict[str, str]:

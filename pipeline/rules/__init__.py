@@ -2,6 +2,8 @@
 
 from pipeline.rules.architecture import (
     attention_can_load,
+    base_can_read_text,
+    base_has_a_config,
     experts_stay_large,
     head_is_no_target,
     packing_needs_flash,
@@ -33,8 +35,20 @@ from pipeline.rules.experiment import (
     timeouts_hold,
     worst_case_within_budget,
 )
+from pipeline.rules.experts import experts_are_left_out
 from pipeline.rules.hardware import training_fits
+from pipeline.rules.host import disk_suffices, evaluation_fits, ram_suffices
 from pipeline.rules.hub import nothing_secret, repositories_named
+from pipeline.rules.loss import answers_can_be_found, history_is_read_once
+from pipeline.rules.online import (
+    base_is_readable,
+    dataset_is_readable,
+    hub_answers,
+    jobs_are_allowed,
+    outputs_are_free,
+    outputs_are_writable,
+    revisions_exist,
+)
 from pipeline.rules.others import not_done_before, output_is_its_own
 from pipeline.rules.release import converter_knows_base, gguf_can_chat, quants_keep_quality
 from pipeline.rules.rule import Rule, Subject
@@ -49,6 +63,17 @@ from pipeline.rules.scripts import (
     script_has_header,
     script_parses,
     trainer_arguments_exist,
+)
+from pipeline.rules.timing import timeout_is_chosen
+from pipeline.rules.token import (
+    account_may_write,
+    token_is_a_value,
+    token_is_accepted,
+    token_is_personal,
+    token_is_there,
+    token_outlives_plan,
+    token_reaches_namespace,
+    token_writes,
 )
 from pipeline.rules.tracking import tracking_in_one_place, tracking_stays_private, trackio_is_installed
 from pipeline.rules.training import (
@@ -71,10 +96,30 @@ ALL_RULES: tuple[Rule, ...] = (
     Rule("HUB001", namespace_allowed),
     Rule("MEM001", flavors_exist),
     Rule("MEM002", training_fits),
+    Rule("MEM003", disk_suffices),
+    Rule("MEM004", ram_suffices),
+    Rule("MEM005", evaluation_fits),
     Rule("EXP005", output_is_its_own),
     Rule("EXP006", not_done_before),
+    Rule("EXP007", base_has_a_config),
+    Rule("EXP008", base_can_read_text),
     Rule("HUB002", repositories_named),
     Rule("HUB003", nothing_secret),
+    Rule("HUB004", hub_answers),
+    Rule("HUB005", token_is_there),
+    Rule("HUB006", token_is_a_value),
+    Rule("HUB007", token_is_accepted),
+    Rule("HUB008", token_is_personal),
+    Rule("HUB009", token_outlives_plan),
+    Rule("HUB010", token_writes),
+    Rule("HUB011", account_may_write),
+    Rule("HUB012", token_reaches_namespace),
+    Rule("HUB013", jobs_are_allowed),
+    Rule("HUB014", base_is_readable),
+    Rule("HUB015", dataset_is_readable),
+    Rule("HUB016", revisions_exist),
+    Rule("HUB017", outputs_are_free),
+    Rule("HUB018", outputs_are_writable),
     Rule("DAT001", rows_are_json),
     Rule("DAT002", rows_have_a_format),
     Rule("DAT003", rows_share_a_format),
@@ -104,6 +149,9 @@ ALL_RULES: tuple[Rule, ...] = (
     Rule("TRN014", packing_needs_flash),
     Rule("TRN015", attention_can_load),
     Rule("TRN016", experts_stay_large),
+    Rule("TRN017", answers_can_be_found),
+    Rule("TRN018", history_is_read_once),
+    Rule("TRN019", experts_are_left_out),
     Rule("SCR001", script_parses),
     Rule("SCR002", script_has_header),
     Rule("SCR003", no_flash_attn),
@@ -123,6 +171,7 @@ ALL_RULES: tuple[Rule, ...] = (
     Rule("TIM001", worst_case_within_budget),
     Rule("TIM002", budget_within_settings),
     Rule("TIM003", timeouts_hold),
+    Rule("TIM004", timeout_is_chosen),
 )
 
 __all__ = ["ALL_RULES", "Rule", "Subject"]

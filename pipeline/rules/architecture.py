@@ -4,9 +4,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.errors import Severity
+from pipeline.errors import Severity, excerpt
 from pipeline.experiment import Lora, Method, nearest
+from pipeline.fields import is_path
 from pipeline.flavors import FLAVORS
+from pipeline.rules.loss import answers_can_be_found
 from pipeline.rules.rule import Subject, Verdict
 from pipeline.rules.script_text import packages_of
 
@@ -32,6 +34,38 @@ EMBEDDINGS = ("embed_tokens", "lm_head")
 TOWERS = ("vision", "visual", "image", "audio")
 # Where transformers 5.23.0 has no scaled-dot-product attention, for its soft-capped scores.
 NO_SDPA = ("gemma2",)
+
+
+def base_has_a_config(subject: Subject) -> Verdict | None:
+    """The base's config.json describes a model
+
+    Why: Nothing can load the base without it: training ends in its first minute, paid for.
+    Fix: Copy the file from where the base comes from.
+    """
+    if not subject.facts.config_fault:
+        return None
+    base = subject.file.experiment.base.model
+    hint = f"copy the `config.json` of the original base into `{base}`"
+    if not is_path(base):
+        hint = f"write another base than `{base}`, or a `revision` that has one"
+    return Verdict("base.model", f"`config.json` of `{base}` {subject.facts.config_fault}", hint)
+
+
+def base_can_read_text(subject: Subject) -> Verdict | None:
+    """The base's tokenizer and chat template can be used
+
+    Why: Training loads the same files and stops there. A template is also bounded in what it may do: one that loops
+    without end would hold up every check, and every job.
+    Fix: Copy the files from where the base comes from.
+    """
+    data = subject.facts.dataset
+    if data is None or not data.base_fault or answers_can_be_found(subject):
+        return None
+    base = subject.file.experiment.base.model
+    hint = f"copy the tokenizer's files of the original base into `{base}`"
+    if not is_path(base):
+        hint = f"write another base than `{base}`, or a `revision` whose files can be read"
+    return Verdict("base.model", f"`{base}` cannot be used: {excerpt(data.base_fault)}", hint)
 
 
 def targets_are_layers(subject: Subject) -> Verdict | None:

@@ -3,6 +3,7 @@
 from pipeline.dataset_facts import DatasetFacts, Issues, Lines, Problem
 from pipeline.errors import Severity
 from pipeline.experiment import LossOn
+from pipeline.fields import is_path
 from pipeline.rules.rule import Subject, Verdict
 
 FORMATS = "`messages`, `prompt` + `completion`, `conversations` (from/value) or `text`"
@@ -160,7 +161,7 @@ def rows_fill_a_batch(subject: Subject) -> Verdict | None:
     Fix: Lower `gradient_accumulation` or `batch_size`, or add rows.
     """
     facts, train = subject.facts.dataset, subject.file.experiment.train
-    if facts is None or not facts.training_rows:
+    if facts is None or not facts.training_rows or facts.issues:
         return None
     rows = facts.tokens.sequences if facts.tokens and facts.tokens.sequences else facts.training_rows
     if train.packing and facts.tokens:
@@ -187,7 +188,7 @@ def split_leaves_rows(subject: Subject) -> Verdict | None:
     facts, held_out = subject.facts.dataset, subject.file.experiment.data.eval
     if facts is None or held_out is None:
         return None
-    if held_out.split is not None:
+    if held_out.split is not None and is_path(subject.file.experiment.data.dataset):
         message = f"`split: {held_out.split}`, but `{facts.path}` is one file without splits"
         return Verdict("data.eval.split", message, "write `eval: {fraction: 0.05}`, or a second file as `dataset`")
     if held_out.fraction is None or facts.training_rows or not facts.rows or facts.issues:

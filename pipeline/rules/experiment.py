@@ -49,7 +49,9 @@ def files_are_there(subject: Subject) -> Verdict | None:
     if not subject.facts.missing:
         return None
     path = subject.facts.missing[0]
-    return Verdict(_key_of(subject, path), f"`{path}` is not in this repository", "commit it, or correct the path")
+    key = _key_of(subject, path)
+    kind = "folder" if key == "base.model" else "file"
+    return Verdict(key, f"`{path}` is no {kind} of this repository", f"commit that {kind}, or correct the path")
 
 
 def namespace_allowed(subject: Subject) -> Verdict | None:

@@ -10,7 +10,7 @@ from pipeline.rules.rule import Subject, Verdict
 
 # The Hub's limit, with the namespace: huggingface_hub 2.4.0, utils/_validators.py.
 LONGEST_REPO = 96
-PLACEHOLDER = re.compile(r"\$\{[^}]{0,200}\}|\$[A-Za-z_]*(?:TOKEN|SECRET|PASSWORD|KEY)\b")
+PLACEHOLDER = re.compile(r"\$\{\{[^}]{0,200}\}\}|\$\{[^}]{0,200}\}|\$[A-Za-z_]*(?:TOKEN|SECRET|PASSWORD|KEY)\b")
 
 
 def repositories_named(subject: Subject) -> Verdict | None:
