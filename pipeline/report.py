@@ -1,6 +1,5 @@
-"""Markdown for humans: the report of a run and the plan of an experiment. Returns text; writes and posts none."""
+"""Markdown for humans: the report of a run, and the table of what fits. Returns text; writes and posts none."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,8 @@ from typing import Any
 from pipeline.charts import sparkline
 from pipeline.fit import Fit
 from pipeline.flavors import AS_OF
-from pipeline.plan import Plan, Stage, StageName
+from pipeline.markdown import fence, quote, size
+from pipeline.plan import Plan, StageName
 from pipeline.progress import duration
 
 Manifest = Mapping[str, Any]
@@ -51,56 +51,6 @@ def render_report(result: RunResult) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def render_plan(plan: Plan) -> str:
-    """The plan of an experiment in Markdown: verdict first, one row a stage."""
-    expected = "not known" if plan.expected_usd is None else money(plan.expected_usd)
-    train = plan.stages[0]
-    lines = [
-        f"## Plan `{plan.run_id}`",
-        f"{_fit_words(train)} Expected {expected}, at most {money(plan.worst_usd)} "
-        f"of a budget of {money(plan.experiment.budget.max_usd)}.",
-        quote(plan.experiment.hypothesis),
-        "| stage | flavor | expected | timeout | expected cost | at most |\n|---|---|--:|--:|--:|--:|\n"
-        + "\n".join(_plan_row(stage) for stage in plan.stages),
-    ]
-    if train.memory is not None and train.flavor.gpu is not None:
-        memory = train.memory
-        lines.append(
-            f"Memory of training: {memory.total:.1f} GiB ({memory.low:.1f} to {memory.high:.1f}): "
-            f"weights {memory.weights:.1f}, activations {memory.activations:.1f}, head {memory.head:.1f}, "
-            f"adapter and optimizer {memory.adapter + memory.optimizer:.1f}, CUDA {memory.context:.1f}."
-        )
-    memory_band = f"memory ±{train.memory.band:.0%}, " if train.memory else ""
-    bands = f"{memory_band}durations ±{train.cost.band:.0%}, prices of {AS_OF}"
-    lines.append(f"<sub>Estimates: {bands}. Fingerprint `{plan.fingerprint}`.</sub>")
-    return "\n\n".join(lines) + "\n"
-
-
-def plan_as_dict(plan: Plan) -> dict[str, Any]:
-    """The plan, JSON-ready. Durations in seconds, memory in GiB, cost in US dollars."""
-    return {
-        "run_id": plan.run_id,
-        "fingerprint": plan.fingerprint,
-        "expected_usd": plan.expected_usd,
-        "worst_usd": plan.worst_usd,
-        "max_usd": plan.experiment.budget.max_usd,
-        "stages": [
-            {
-                "name": stage.name,
-                "script": stage.script,
-                "flavor": stage.flavor.name,
-                "timeout_s": stage.timeout_s,
-                "expected_s": stage.cost.expected_s,
-                "expected_usd": stage.cost.expected_usd,
-                "worst_usd": stage.cost.worst_usd,
-                "memory_gib": stage.memory and round(stage.memory.total, 2),
-                "memory_band": stage.memory and stage.memory.band,
-            }
-            for stage in plan.stages
-        ],
-    }
-
-
 def render_fit(fits: Sequence[Fit], title: str) -> str:
     """Flavors against `max_length`: GiB needed, marked where they do not or may not fit."""
     lengths = [length for length, _ in fits[0].needs]
@@ -123,60 +73,6 @@ def fit_as_dict(fits: Sequence[Fit]) -> list[dict[str, Any]]:
         }
         for fit in fits
     ]
-
-
-def money(usd: float) -> str:
-    """Dollars; cents only as far as they matter."""
-    return f"${usd:.4f}" if 0 < usd < 0.01 else f"${usd:.2f}"
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units, as file listings and the Hub show them."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
-
-
-def quote(text: str) -> str:
-    """Untrusted text as a block quote: no mention, reference, HTML or fence in it acts."""
-    return "\n".join(f"> {defang(line)}" for line in text.strip().splitlines() or [""])
-
-
-def defang(text: str) -> str:
-    """Untrusted text for one line of Markdown: markup, mentions, references and control characters made inert."""
-    visible = re.sub(
-        r"[\x00-\x08\x0b-\x1f\x7f\u200b-\u200f\u202a-\u202e\u2066-\u2069]", "\N{REPLACEMENT CHARACTER}", text
-    )
-    escaped = re.sub(r"([\\`*_{}\[\]<>|#~!])", r"\\\1", visible)
-    return re.sub(r"([@#])(?=\w)", "\\1\N{ZERO WIDTH NON-JOINER}", escaped)
-
-
-def fence(text: str) -> str:
-    """Untrusted text as a code block, behind a fence longer than any run of backticks in it."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    marks = "`" * max(3, longest + 1)
-    return f"{marks}text\n{text.strip()}\n{marks}"
-
-
-def _fit_words(train: Stage) -> str:
-    flavor = train.flavor
-    if flavor.gpu is None:
-        return f"Trains on `{flavor.name}`, without a GPU."
-    if train.memory is None:
-        return f"Memory on `{flavor.name}` is not known: no config.json of this base at hand."
-    verdict = train.memory.fits(flavor)
-    words = {True: "**Fits**", False: "**Does not fit**", None: "**May not fit**"}[verdict]
-    return f"{words} `{flavor.name}`: about {train.memory.total:.1f} of {flavor.vram_gib:g} GiB."
-
-
-def _plan_row(stage: Stage) -> str:
-    cost = stage.cost
-    expected_s = "not known" if cost.expected_s is None else f"~{duration(cost.expected_s)}"
-    expected = "not known" if cost.expected_usd is None else money(cost.expected_usd)
-    timeout = duration(stage.timeout_s)
-    return f"| {stage.name} | `{stage.flavor.name}` | {expected_s} | {timeout} | {expected} | {money(cost.worst_usd)} |"
 
 
 def _fit_row(fit: Fit) -> str:

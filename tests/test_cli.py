@@ -71,8 +71,8 @@ def test_plan_formats(repo: Repository) -> None:
     assert document["run_id"].startswith("coach-")
     assert [stage["name"] for stage in document["stages"]] == ["train", "merge", "gguf", "evaluate"]
     markdown = repo.call("plan", "other/coach.yaml", "--format", "markdown").stdout
-    assert markdown.startswith("## Plan `coach-")
-    assert markdown == repo.call("plan", "other/coach.yaml").stdout
+    assert markdown.startswith("<!-- mergetune:plan:coach fingerprint=")
+    assert repo.call("plan", "other/coach.yaml").stdout.startswith("## Plan `coach-")
 
 
 def test_plan_of_a_wrong_experiment_stops_before_any_number(repo: Repository) -> None:

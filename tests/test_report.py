@@ -1,4 +1,4 @@
-"""The report and the plan as full texts; untrusted text cannot act."""
+"""The report of a run as a full text; untrusted text cannot act."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,13 +6,16 @@ from typing import Any
 
 from examples import GOOD, changed
 
-from pipeline.facts import DataFacts, Facts
+from pipeline.dataset_facts import DatasetFacts, TokenFacts
+from pipeline.facts import Facts
 from pipeline.loader import parse_experiment
 from pipeline.models import CATALOGUE
 from pipeline.plan import Plan, StageName, make_plan
-from pipeline.report import RunResult, defang, fence, money, quote, render_plan, render_report, size
+from pipeline.report import RunResult, render_report
 
-FACTS = Facts(shape=CATALOGUE["google/gemma-3-12b-it"], data=DataFacts(1000, 4_000_000))
+COUNTED = TokenFacts(1000, 1_000_000, 500_000, 2048)
+ROWS = DatasetFacts("rows.jsonl", 1000, 1000, "messages", is_chat=True, tokens=COUNTED)
+FACTS = Facts(shape=CATALOGUE["google/gemma-3-12b-it"], dataset=ROWS)
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -58,10 +61,6 @@ def test_report() -> None:
     assert render_report(result()) == (GOLDEN / "report.md").read_text(encoding="utf-8")
 
 
-def test_plan() -> None:
-    assert render_plan(plan()) == (GOLDEN / "plan.md").read_text(encoding="utf-8")
-
-
 def test_a_report_of_what_there_is() -> None:
     only = replace(result(), manifests={StageName.GGUF: result().manifests[StageName.GGUF]})
     text = render_report(only)
@@ -73,18 +72,9 @@ def test_a_report_of_what_there_is() -> None:
 
 def test_hypothesis_and_samples_cannot_act() -> None:
     hostile = changed("hypothesis: .*", 'hypothesis: "@acme fixes #12 <!-- x --> [a](b) `c`"')
-    text = render_plan(make_plan(parse_experiment(hostile).experiment, FACTS))
-    assert "<!--" not in text
-    assert "@acme" not in text
-    assert "#12" not in text
-
-
-def test_defang_fence_and_quote() -> None:
-    assert defang("a\x1b[31m") == "a\N{REPLACEMENT CHARACTER}\\[31m"
-    assert fence("x ```` y").startswith("`````text\n")
-    assert quote("one\ntwo") == "> one\n> two"
-
-
-def test_numbers_for_people() -> None:
-    assert [money(usd) for usd in (0.0, 0.0035, 0.5, 12)] == ["$0.00", "$0.0035", "$0.50", "$12.00"]
-    assert [size(count) for count in (10, 904712, 5.2e6, 24e9)] == ["10 B", "904.7 kB", "5.2 MB", "24.00 GB"]
+    plan = make_plan(parse_experiment(hostile).experiment, FACTS)
+    text = render_report(replace(result(), plan=plan))
+    quoted = next(line for line in text.splitlines() if "fixes" in line)
+    assert "<!--" not in quoted
+    assert "@acme" not in quoted
+    assert "#12" not in quoted

@@ -1,0 +1,130 @@
+"""The folded part of the plan comment: memory by part, flavors that fit, basis of the estimates, every setting."""
+
+import json
+
+from pipeline.cost import estimate_cost, estimate_train_seconds, setup_seconds
+from pipeline.errors import redact
+from pipeline.fit import Fit, fit_table
+from pipeline.flavors import AS_OF, CONTAINER_START_S
+from pipeline.markdown import code, fence, money, prose, table
+from pipeline.memory import spec_of
+from pipeline.models import ModelShape
+from pipeline.plan import Plan
+from pipeline.plan_changes import decides, flat, shown
+from pipeline.plan_preview import Preview
+from pipeline.progress import duration
+
+FITS = {True: "fits", None: "may not fit"}
+SETTING = 300  # characters of one value
+
+
+def memory_parts(preview: Preview) -> str:
+    """What the GiB on the GPU are made of."""
+    train = preview.plan.stages[0] if preview.plan else None
+    if train is None or train.memory is None or train.flavor.gpu is None:
+        return ""
+    memory = train.memory
+    parts = [
+        ("weights of the base", memory.weights),
+        ("adapter and gradients", memory.adapter),
+        ("optimizer", memory.optimizer),
+        ("activations", memory.activations),
+        ("output head and loss", memory.head),
+        ("fragmentation", memory.allocated * memory.fragmentation),
+        ("CUDA context", memory.context),
+    ]
+    rows = [(name, f"{gib:.2f}") for name, gib in parts]
+    rows.append((f"**needed** (±{memory.band:.0%}: {memory.low:.1f} to {memory.high:.1f})", f"**{memory.total:.2f}**"))
+    rows.append((f"`{train.flavor.name}` has", f"{train.flavor.vram_gib:g}"))
+    return table(("part", "GiB"), rows, "lr")
+
+
+def flavors_that_fit(preview: Preview) -> str:
+    """Every single-GPU flavor that this training fits, or may fit, cheapest per hour first."""
+    plan, shape = preview.plan, preview.facts.shape
+    if plan is None or shape is None or plan.stages[0].flavor.gpu is None:
+        return ""
+    length = plan.experiment.train.max_length
+    fits = fit_table(spec_of(plan.experiment, shape), shape, (length,))
+    rows = [_flavor_row(fit, preview, plan, shape) for fit in fits if fit.verdict(length) is not False]
+    if not rows:
+        return "No single-GPU flavor fits this training."
+    head = (
+        "flavor",
+        "per hour",
+        "memory",
+        f"at max_length {length:,}",
+        "longest that fits",
+        "train time",
+        "train cost",
+    )
+    return table(head, rows, "lrrlrrr")
+
+
+def estimate_basis(preview: Preview) -> str:
+    """Where each number comes from, and how far it may be off."""
+    plan = preview.plan
+    if plan is None:
+        return ""
+    train = plan.stages[0]
+    lines = []
+    if train.flavor.gpu is not None:
+        base = code(plan.experiment.base.model)
+        known = f"from the shape of {base}, ±{train.memory.band:.0%}" if train.memory else f"no config.json of {base}"
+        lines.append(f"- **Memory**: {known}; not measured.")
+    lines.append(f"- **Tokens**: {_token_basis(preview)}.")
+    lines.append(
+        f"- **Time**: arithmetic of the model over the speed of the flavor, ±{train.cost.band:.0%}, with "
+        f"{duration(CONTAINER_START_S)} for each stage to start."
+    )
+    lines.append(f"- **Cost**: prices of {AS_OF}, whole minutes; at most means that every stage runs into its timeout.")
+    lines.append(f"- **Fingerprint**: `{plan.fingerprint}`, of everything in the file that decides the result.")
+    return "\n".join(lines)
+
+
+def settings_written(preview: Preview) -> str:
+    """Every field with its value: those that decide the result, then the others; which ones are defaults."""
+    if preview.experiment is None:
+        return ""
+    said = flat(preview.experiment.model_dump(mode="json", exclude_unset=True))
+    values = flat(preview.experiment.resolved())
+    there = {keys: value for keys, value in values.items() if value is not None and keys != ("hypothesis",)}
+    deciding = [_setting(keys, value, keys in said) for keys, value in there.items() if decides(keys)]
+    others = [_setting(keys, value, keys in said) for keys, value in there.items() if not decides(keys)]
+    parts = ["What decides the result, and makes the fingerprint:", fence("\n".join(deciding), "yaml")]
+    return "\n\n".join([*parts, "What does not:", fence("\n".join(others), "yaml")])
+
+
+def _setting(keys: tuple[str, ...], value: object, said: bool) -> str:
+    text = redact(shown(keys, value))  # before it is cut: half a token is not recognised as one
+    if "#" in text or "\n" in text:
+        text = json.dumps(text, ensure_ascii=False)
+    text = text if len(text) <= SETTING else f"{text[: SETTING - 1]}…"
+    return f"{' '.join('.'.join(keys).split())}: {text}" + ("" if said else "  # default")
+
+
+def _flavor_row(fit: Fit, preview: Preview, plan: Plan, shape: ModelShape) -> tuple[str, ...]:
+    flavor, experiment = fit.flavor, plan.experiment
+    length = experiment.train.max_length
+    name = f"**`{flavor.name}`**, chosen" if flavor == plan.stages[0].flavor else f"`{flavor.name}`"
+    need = dict(fit.needs)[length]
+    data = preview.facts.dataset
+    time, cost = "not known", "not known"
+    if data is not None:
+        seconds = estimate_train_seconds(experiment, shape, data, flavor)
+        week = 7 * 86400  # the longest timeout there is
+        estimate = estimate_cost(seconds, week, flavor, setup_seconds(shape))
+        time = f"~{duration(estimate.needed_s or 0)}"
+        cost = "not known" if estimate.expected_usd is None else money(estimate.expected_usd)
+    longest = f"{fit.largest:,}" if fit.largest else "none"
+    room = f"{need.total:.1f} of {flavor.vram_gib:g} GiB"
+    return (name, money(flavor.usd_per_hour), room, FITS[fit.verdict(length)], longest, time, cost)
+
+
+def _token_basis(preview: Preview) -> str:
+    dataset = preview.facts.dataset
+    if dataset is not None and dataset.exact:
+        return "every row counted with the base's own tokenizer and chat template"
+    if dataset is not None and dataset.tokens is not None:
+        return f"an estimate: {prose(dataset.estimated)}" if dataset.estimated else "an estimate"
+    return "not counted"

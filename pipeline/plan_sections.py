@@ -1,0 +1,223 @@
+"""The open sections of the plan comment: stages, data, findings, changes, next commands. Decides and posts nothing."""
+
+import shlex
+
+from pipeline.dataset_facts import DatasetFacts, Lines, TokenFacts
+from pipeline.errors import Finding, redact
+from pipeline.experiment import Experiment, Method
+from pipeline.facts import Facts
+from pipeline.markdown import code, fence, money, percent, plural, prose, table
+from pipeline.plan import Stage, StageName
+from pipeline.plan_changes import Changes, EstimateChange, FieldChange
+from pipeline.plan_preview import Preview, expected_cost, expected_time, held_out_rows, span_of
+from pipeline.progress import duration
+
+FINDINGS, FIELDS, VALUE = 25, 40, 120  # shown of each; characters of one value
+SENTENCE = 500  # characters of one message
+ESTIMATES = {
+    "memory_gib": "memory of training",
+    "expected_s": "expected time",
+    "expected_usd": "expected cost",
+    "worst_usd": "at most",
+}
+
+
+def stages_section(preview: Preview) -> str:
+    """One row a stage, and their sums where there are several."""
+    if preview.plan is None:
+        return ""
+    plan, stages = preview.plan, preview.plan.stages
+    rows = [_stage_row(stage) for stage in stages]
+    if len(stages) > 1:
+        span = span_of(stages)
+        whole = f"~{duration(span.expected)}" if span else "not known"
+        cost = "not known" if plan.expected_usd is None else money(plan.expected_usd)
+        timeout = duration(sum(stage.timeout_s for stage in stages))
+        rows.append(("**all**", "", "", f"**{whole}**", timeout, f"**{cost}**", f"**{money(plan.worst_usd)}**"))
+    head = ("stage", "flavor", "memory", "expected time", "timeout", "expected cost", "at most")
+    return table(head, rows, "llrrrrr")
+
+
+def data_section(preview: Preview) -> str:
+    """Rows and tokens, then what is wrong with them; says so where nothing was counted."""
+    experiment, facts = preview.experiment, preview.facts
+    if experiment is None:
+        return ""
+    heading = f"### Data: {code(experiment.data.dataset)}"
+    if facts.dataset is None or facts.dataset.tokens is None:
+        return f"{heading}\n\n{_not_counted(facts)}"
+    dataset, tokens = facts.dataset, facts.dataset.tokens
+    about = "" if dataset.exact else "~"
+    row = (
+        f"{dataset.training_rows:,}",
+        f"{held_out_rows(dataset):,}",
+        f"{about}{tokens.total:,}",
+        f"{about}{percent(tokens.trained, tokens.total)}",
+        f"{about}{tokens.longest:,} of {experiment.train.max_length:,}",
+        f"{about}{tokens.lost:,}",
+    )
+    head = ("rows", "held out", "tokens a pass", "trained on", "longest row", "tokens cut off")
+    notes = _data_notes(experiment, dataset, tokens)
+    return "\n\n".join([heading, table(head, [row], "rrrrrr"), *(["\n".join(notes)] if notes else [])])
+
+
+def findings_section(preview: Preview) -> str:
+    """Errors, then warnings, each with its place, its rule and its hint."""
+    errors, warnings = preview.errors, preview.warnings
+    if not errors and not warnings:
+        return ""
+    counts = [plural(len(errors), "error")] if errors else []
+    counts += [plural(len(warnings), "warning")] if warnings else []
+    listed = [*errors, *warnings]
+    lines = [_finding(finding) for finding in listed[:FINDINGS]]
+    if len(listed) > FINDINGS:
+        lines.append(f"- and {len(listed) - FINDINGS:,} more: `mergetune check` lists them")
+    return f"### {', '.join(counts).capitalize()}\n\n" + "\n".join(lines)
+
+
+def changes_section(preview: Preview) -> str:
+    """Fields and estimates that differ from the previous run, and whether this is another run at all."""
+    heading = "### Against the previous run"
+    if preview.not_compared:
+        return f"{heading}\n\nNot compared: {prose(_short(preview.not_compared))}"
+    changes = preview.changes
+    if changes is None:
+        return ""
+    heading += f" {code(changes.before.run_id)}" if changes.before else ""
+    parts = [heading, _same_words(changes)]
+    if changes.fields:
+        rows = [_field_row(change) for change in changes.fields[:FIELDS]]
+        parts.append(table(("field", "before", "now", "the result"), rows, "llll"))
+    if len(changes.fields) > FIELDS:
+        parts.append(f"{len(changes.fields) - FIELDS:,} more fields differ.")
+    if moved := [estimate for estimate in changes.estimates if _estimate(estimate)]:
+        rows = [_estimate(estimate) for estimate in moved]
+        parts.append(table(("estimate", "before", "now"), rows, "lrr"))
+    elif changes.estimates:
+        parts.append("No estimate changes.")
+    return "\n\n".join(parts)
+
+
+def next_section(preview: Preview) -> str:
+    """Commands for whoever wants to know more, and what an approval approves."""
+    path = shlex.quote(preview.path)
+    commands = [(f"mergetune check {path}", "every rule, with file, line and hint")]
+    if preview.plan is not None and not preview.errors:
+        commands = [(f"mergetune rehearse {path}", "the whole chain on your CPU, on a tiny twin of the base")]
+    if preview.plan is not None and preview.facts.shape is not None and preview.plan.stages[0].flavor.gpu:
+        commands.append((f"mergetune fit {path}", "which flavors fit at which max_length"))
+    width = max(len(command) for command, _ in commands)
+    shell = fence("\n".join(f"{command:<{width}}  # {why}" for command, why in commands), "sh")
+    return "\n\n".join(["### Next", shell, *_approved(preview)])
+
+
+def _approved(preview: Preview) -> list[str]:
+    """Which stages, at which worst price, writing where: what this plan asks leave for."""
+    plan = preview.plan
+    if plan is None or preview.errors:
+        return []
+    order = " → ".join(stage.name for stage in plan.stages)
+    output = plan.experiment.output
+    places = {
+        StageName.TRAIN: output.repo if plan.experiment.train.method is Method.FULL else f"{output.repo}-adapter",
+        StageName.MERGE: output.repo,
+        StageName.GGUF: f"{output.repo}-GGUF",
+    }
+    written = ", ".join(code(places[stage.name]) for stage in plan.stages if stage.name in places)
+    seen = "private" if output.private else "**public**"
+    return [f"An approval covers: {order}, at most {money(plan.worst_usd)}, written to {written} ({seen})."]
+
+
+def _stage_row(stage: Stage) -> tuple[str, ...]:
+    memory = ""
+    if stage.memory is not None and stage.flavor.gpu is not None:
+        memory = f"{stage.memory.total:.1f} of {stage.flavor.vram_gib:g} GiB"
+    times = expected_time(stage), duration(stage.timeout_s)
+    return (
+        str(stage.name),
+        f"`{stage.flavor.name}`",
+        memory,
+        *times,
+        expected_cost(stage),
+        money(stage.cost.worst_usd),
+    )
+
+
+def _not_counted(facts: Facts) -> str:
+    """What is known of rows whose tokens were not counted."""
+    if facts.dataset is not None:
+        why = f" ({prose(_short(facts.dataset.estimated))})" if facts.dataset.estimated else ""
+        return f"{plural(facts.dataset.rows, 'row')}; their tokens could not be counted{why}."
+    return "Not counted: these rows were not read. How long training takes depends on them."
+
+
+def _data_notes(experiment: Experiment, dataset: DatasetFacts, tokens: TokenFacts) -> list[str]:
+    """One line for each thing about the rows that a reviewer may want to change."""
+    length, over = experiment.train.max_length, tokens.over_limit
+    notes = []
+    if over.count:
+        lost = f"{tokens.lost:,} tokens ({percent(tokens.lost, tokens.uncut)}) are cut off"
+        notes.append(f"- longer than `max_length: {length}`: {_rows(over)}; {lost}")
+    if tokens.dropped.count:
+        notes.append(f"- dropped, with no token left to train on: {_rows(tokens.dropped)}")
+    if dataset.duplicates.count:
+        notes.append(f"- the same as an earlier row: {_rows(dataset.duplicates)}")
+    if dataset.leaked.count:
+        notes.append(f"- in the held-out file too: {_rows(dataset.leaked)}")
+    if dataset.exact and not notes:
+        notes.append("Every row was counted: nothing is cut off, no row repeats.")
+    if not dataset.exact and dataset.estimated:
+        notes.append(f"- counts are estimates: {prose(_short(dataset.estimated))}")
+    return notes
+
+
+def _rows(lines: Lines) -> str:
+    """`31 rows (lines 3, 17, …)`."""
+    shown = ", ".join(f"{line:,}" for line in lines.first) + (", …" if lines.count > len(lines.first) else "")
+    return f"{plural(lines.count, 'row')} ({'line' if lines.count == 1 else 'lines'} {shown})"
+
+
+def _finding(finding: Finding) -> str:
+    place = f"{finding.at.path}:{finding.at.line}" if finding.at.line else finding.at.path
+    head = f"- **{finding.severity}** {code(finding.rule)} {code(place)}: {prose(_short(finding.message))}"
+    return f"{head}\n  - hint: {prose(_short(finding.hint))}" if finding.hint else head
+
+
+def _same_words(changes: Changes) -> str:
+    if changes.same_run is True:
+        return "**The same run**: nothing that decides the result changes."
+    if changes.same_run is False:
+        return "**A new run**: what decides the result changes."
+    paths = ", ".join(code(path) for path in changes.not_compared)
+    return f"No field that decides the result changes; what {paths} held before is not known here."
+
+
+def _field_row(change: FieldChange) -> tuple[str, ...]:
+    before, now = ("" if text is None else code(text, VALUE) for text in (change.before, change.after))
+    match change.written:
+        case "now":
+            return code(change.field), f"{before} by default", f"{now} written", "same value, new run"
+        case "before":
+            return code(change.field), f"{before} written", f"{now} by default", "same value, new run"
+        case "":
+            return code(change.field), before, now, "**changes**" if change.decides else "stays the same"
+
+
+def _estimate(estimate: EstimateChange) -> tuple[str, ...]:
+    """The row of an estimate, empty when both sides read the same."""
+    before, after = _amount(estimate.name, estimate.before), _amount(estimate.name, estimate.after)
+    return () if before == after else (ESTIMATES[estimate.name], before, after)
+
+
+def _amount(name: str, value: float | None) -> str:
+    if value is None:
+        return "not known"
+    if name.endswith("_gib"):
+        return f"{value:.1f} GiB"
+    return duration(value) if name.endswith("_s") else money(value)
+
+
+def _short(text: str) -> str:
+    """A sentence of bounded length. Redacted first: half a token is not recognised as one."""
+    text = redact(text)
+    return text if len(text) <= SENTENCE else f"{text[: SENTENCE - 1]}…"
