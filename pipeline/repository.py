@@ -39,7 +39,9 @@ REACH = re.compile(
     r"|remote\..+\.(url|proxy|proxyauthmethod|uploadpack)"
 )
 # https://[user[:token]@]host/owner/name[.git], ssh://git@host[:port]/owner/name, git@host:owner/name
-NETWORK = re.compile(r"(?:https?://(?:[^@/]*@)?|ssh://(?:[^@/]*@)?|[^@/:]+@)([\w.-]+)(?::\d+(?=/))?[:/](.+?)(?:\.git)?/?")
+NETWORK = re.compile(
+    r"(?:https?://(?:[^@/]*@)?|ssh://(?:[^@/]*@)?|[^@/:]+@)([\w.-]+)(?::\d+(?=/))?[:/](.+?)(?:\.git)?/?"
+)
 CREDENTIALS = re.compile(r"(?<=://)[^\s'\"]*@")
 # Lines of git's that tell nothing about the cause.
 NOISE: tuple[str, ...] = ("hint:", "To ", "Please make sure", "and the repository exists")

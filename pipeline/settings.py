@@ -16,6 +16,17 @@ class Settings(BaseModel):
 
     namespaces: tuple[str, ...] = Field((), description="Hub namespaces that `output.repo` may use; empty: any.")
     max_usd_per_run: Annotated[float, Field(gt=0)] = Field(50, description="No budget may exceed this, in dollars.")
+    max_usd_per_month: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Dollars of one calendar month (UTC): what finished runs cost and running ones may cost."
+    )
+    approvals: Annotated[int, Field(ge=0, le=6)] = Field(
+        0, description="Approvals by people with write access that a merged pull request needs before it is launched."
+    )
+    submits_per_tick: Annotated[int, Field(ge=0)] = Field(5, description="Jobs one tick may start.")
+    cancels_per_tick: Annotated[int, Field(ge=0)] = Field(5, description="Runs one tick may cancel.")
+    attempts: Annotated[int, Field(ge=1, le=10)] = Field(
+        3, description="Attempts at a stage, when what failed was not the experiment."
+    )
 
 
 def find_root(start: Path) -> Path:

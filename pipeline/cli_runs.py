@@ -1,0 +1,187 @@
+"""The verbs about runs on Hugging Face Jobs: reconcile, status, logs, cancel, retry. Parses, calls, prints."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.errors import UserError
+from pipeline.plan import Plan
+
+
+class Format(StrEnum):
+    """How a verb prints its result."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+Branch = Annotated[str, typer.Option(help="The branch whose experiments count.")]
+Shape = Annotated[Format, typer.Option("--format", help="How to print the result.")]
+Name = Annotated[str, typer.Argument(help="Name of an experiment, or a run id.", show_default=False)]
+MARKS = {"submitted": "▶", "waiting": "◐", "blocked": "!", "finished": "●", "failed": "✗"}
+
+
+def reconcile(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Look and decide, change nothing.")] = False,
+    branch: Branch = "main",
+    format: Shape = Format.TEXT,
+) -> None:
+    """Take the next action about every experiment of main: submit, chain, retry, finish, cancel. One tick.
+
+    \b
+    mergetune reconcile --dry-run
+    mergetune reconcile
+
+    Needs HF_TOKEN. Exit code: 0 done, 1 a run failed or is blocked, or something could not be read (then nothing was
+    done).
+    """
+    from pipeline.controller import tick
+    from pipeline.hf_world import open_world
+    from pipeline.world import Outcome
+
+    with hub_answers():
+        reports = tick(open_world(_root(), branch), dry_run=dry_run)
+    _print_reports(reports, format)
+    bad = {Outcome.FAILED, Outcome.BLOCKED}
+    raise typer.Exit(int(any(report.outcome in bad for report in reports)))
+
+
+def status(
+    name: Annotated[str | None, typer.Argument(help="Name of an experiment.", show_default=False)] = None,
+    branch: Branch = "main",
+    format: Shape = Format.TEXT,
+) -> None:
+    """Show where every run stands, and what the next tick would do.
+
+    \b
+    mergetune status
+    mergetune status coach-v2 --format json
+    """
+    from pipeline.hf_world import open_world
+    from pipeline.run_verbs import show_status
+
+    with hub_answers():
+        reports = show_status(open_world(_root(), branch), name)
+    _print_reports(reports, format)
+
+
+def logs(
+    name: Name,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
+    branch: Branch = "main",
+) -> None:
+    """Print the log of the newest job of a run.
+
+    \b
+    mergetune logs coach-v2 --follow
+    """
+    from pipeline.hf_world import open_world
+    from pipeline.run_verbs import newest_job
+
+    with hub_answers():
+        world = open_world(_root(), branch)
+        job = newest_job(world, name)
+        print(f"{job.stage}, attempt {job.attempt}: {job.state} ({job.url or job.id})", file=sys.stderr)
+        namespace = job.repo.split("/")[0]
+        if not follow:
+            print(world.remote.log(namespace, job.id))
+            return
+        try:
+            for line in world.remote.follow(namespace, job.id):
+                print(line, flush=True)
+        except KeyboardInterrupt:
+            print(f"the job goes on; `mergetune cancel {name}` stops it", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
+def cancel(name: Name, branch: Branch = "main") -> None:
+    """Stop every job of a run, also one that was submitted a moment ago, and close the run.
+
+    \b
+    mergetune cancel coach-v2
+    """
+    from pipeline.hf_world import open_world
+    from pipeline.run_verbs import cancel_run
+
+    with hub_answers(f"some of it may be done; `mergetune cancel {name}` again ends the rest"):
+        print(cancel_run(open_world(_root(), branch), name))
+
+
+def retry(
+    name: Name,
+    by: Annotated[str | None, typer.Option(help="Who asks, for the record.", show_default=False)] = None,
+    branch: Branch = "main",
+) -> None:
+    """Reopen a run that is closed: the next tick goes on from its last artifact or checkpoint.
+
+    \b
+    mergetune retry coach-v2
+    """
+    from pipeline.hf_world import open_world
+    from pipeline.run_verbs import retry_run
+
+    with hub_answers():
+        print(retry_run(open_world(_root(), branch), name, by))
+
+
+def run_paid(root: Path, path: Path, plan: Plan, *, as_json: bool) -> None:
+    """`run --backend hf_jobs`: submit, watch and chain the stages of one experiment until it ends."""
+    from pipeline.hf_run import run_on_hub
+    from pipeline.hf_world import open_world_of_one
+    from pipeline.progress import make_display
+
+    print(f"{plan.run_id}: at most ${plan.worst_usd:.2f}, paid by `{plan.repos[0].split('/')[0]}`", file=sys.stderr)
+    try:
+        with hub_answers():
+            report = run_on_hub(open_world_of_one(root, path), make_display(sys.stderr))
+    except KeyboardInterrupt:
+        print(f"not watching any more; its job goes on: `mergetune cancel {plan.experiment.name}`", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps({**report.as_dict(), "repos": plan.repos}, indent=2, ensure_ascii=False))
+        return
+    print(f"{report.run_id}: {report.text}")
+    for repo in plan.repos:
+        print(f"  {repo}")
+
+
+@contextmanager
+def hub_answers(hint: str = "") -> Iterator[None]:
+    """What the Hub refuses or does not say is an expected failure; `hint` is what to do about it where it is known."""
+    from pipeline.hub_facts import Access, HubError
+
+    try:
+        yield
+    except HubError as error:
+        if error.access is Access.UNREACHABLE:
+            raise UserError(
+                f"the Hub did not answer: {error.detail}", hint or "nothing was done; try again later"
+            ) from error
+        hint = hint or "check the token: `mergetune check --online`"
+        raise UserError(f"the Hub refused: {error.detail}", hint) from error
+
+
+def _root() -> Path:
+    from pipeline.settings import find_root
+
+    return find_root(Path.cwd())
+
+
+def _print_reports(reports: list[Any], format: Format) -> None:
+    if format is Format.JSON:
+        print(json.dumps([report.as_dict() for report in reports], indent=2, ensure_ascii=False))
+        return
+    for report in reports:
+        mark = MARKS.get(report.outcome, "·")
+        job = f" ({report.job})" if report.job else ""
+        print(f"{mark} {report.run_id}: {report.outcome}: {report.text}{job}")
+        if report.hint:
+            print(f"  hint: {report.hint}")
+    if not reports:
+        print("nothing to do: every experiment of this branch is closed")

@@ -1,0 +1,120 @@
+"""End a run: stop its jobs, write its finish tag. What is closed here is never launched again by itself."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
+
+from pipeline.book import Book, Closed, Verdict, finish_message
+from pipeline.hub_facts import Access, HubError
+from pipeline.launch import cancel_jobs, close_fence
+from pipeline.plan import Plan, StageName
+from pipeline.reconcile import Seen, spent_usd
+from pipeline.remote import JobState, Remote, SeenJob, StageView, stage_folder
+from pipeline.world import World
+
+
+def close_run(world: World, book: Book, plan: Plan, seen: Seen, verdict: Verdict, text: str) -> None:
+    """Push the finish tag of a run: from here on it is final."""
+    tag_run(world, book, plan.run_id, verdict, text, seen, make_summary(plan, seen))
+
+
+def tag_run(
+    world: World, book: Book, run_id: str, verdict: Verdict, text: str, seen: Seen, summary: Mapping[str, Any]
+) -> None:
+    """Push a finish tag with what the jobs of this round cost. Somebody may have been first, with the same end."""
+    number = len(book.rounds.get(run_id, ())) + 1
+    attempts: dict[str, int] = {}
+    for job in seen.jobs:
+        attempts[job.stage] = max(job.attempt, attempts.get(job.stage, 0))
+    for stage, view in seen.views.items():
+        attempts[stage] = max(view.attempt, attempts.get(stage, 0))
+    before = sum(one.usd for one in book.rounds.get(run_id, ()))
+    usd = max(0.0, round(spent_usd(seen.jobs) - before, 4))
+    at = datetime.fromtimestamp(world.clock.now(), UTC)
+    attempts = {stage: number for stage, number in attempts.items() if number}
+    closed = Closed(run_id, number, verdict, text, at, usd, attempts, summary)
+    world.book.push_tag(book.next_tag(run_id), world.tree.commit, finish_message(closed))
+
+
+def make_summary(plan: Plan, seen: Seen) -> dict[str, Any]:
+    """What the board and a later comparison want to know of a run, the most important first."""
+    experiment = plan.experiment
+    stages = {}
+    for stage in plan.stages:
+        view = seen.views.get(stage.name)
+        if view is None or not view.manifest:
+            continue
+        manifest = view.manifest
+        stages[stage.name.value] = {
+            "repo": plan.repo(stage.name),
+            "revision": view.head,
+            "attempt": manifest.get("attempt"),
+            "duration_s": manifest.get("duration_s"),
+            "predicted": manifest.get("predicted", {}),
+            "metrics": manifest.get("metrics", {}),
+        }
+    return {
+        "experiment": experiment.name,
+        "stages": stages,
+        "base": experiment.base.model,
+        "dataset": experiment.data.dataset,
+        "flavor": experiment.train.flavor,
+        "expected_usd": plan.expected_usd,
+        "worst_usd": plan.worst_usd,
+        "hypothesis": experiment.hypothesis,
+    }
+
+
+def end_run(world: World, run_id: str, stages: set[tuple[str, StageName]], live: tuple[SeenJob, ...]) -> Seen:
+    """Shut the fences, then cancel every job of a run, also one submitted a moment before; returns how they ended.
+
+    Raises:
+        HubError: a fence could not be shut, or a job did not end.
+    """
+    known = {job.id for job in live}
+    views: dict[StageName, StageView] = {}
+    namespaces = {repo.split("/")[0] for repo, _ in stages}
+    for repo, stage in sorted(stages):
+        views[stage] = view = close_fence(world.remote, repo, stage_folder(run_id, stage))
+        known |= {job_id for job_id in (view.claim and view.claim.job_id, view.winner and view.winner.job_id) if job_id}
+    labels = {"repo": world.label, "run": run_id}
+    jobs = {job.id: job for job in live}
+    for namespace in sorted(namespaces):
+        cancel_jobs(world.remote, world.clock, namespace, labels, known)
+        jobs |= {job.id: job for job in world.remote.jobs(namespace, labels, live=False)}
+    return Seen(views, tuple(jobs.values()))
+
+
+def shut_late_jobs_out(remote: Remote, plan: Plan, stage: StageName, seen: Seen) -> None:
+    """After a run was given up: a job that nobody could find must not begin its work in a closed run."""
+    view = seen.views.get(stage, StageView())
+    if view.attempt and (view.winner is None or view.winner.attempt < view.attempt):
+        with suppress(HubError):  # where it stays open, a tick cancels the job when it sees it
+            close_fence(remote, plan.repo(stage), stage_folder(plan.run_id, stage), view.attempt)
+
+
+def look_closely(remote: Remote, plan: Plan, label: str) -> Seen:
+    """Every stage's repository and every job of the run, also those that only a claim or a fence names."""
+    namespace = plan.experiment.output.repo.split("/")[0]
+    views = {s.name: remote.view(plan.repo(s.name), stage_folder(plan.run_id, s.name)) for s in plan.stages}
+    jobs = {job.id: job for job in remote.jobs(namespace, {"repo": label, "run": plan.run_id}, live=False)}
+    for view in views.values():
+        named = {view.claim.job_id if view.claim else None, view.winner.job_id if view.winner else None}
+        for job_id in named - {None} - jobs.keys():
+            if job := remote.inspect(namespace, str(job_id)):
+                jobs[job.id] = job
+    failed = [job for job in jobs.values() if job.state is JobState.FAILED]
+    last = max(failed, key=lambda job: (job.attempt, job.created_at), default=None)
+    logs = {last.id: _log(remote, namespace, last.id)} if last and not any(j.is_live for j in jobs.values()) else {}
+    return Seen(views, tuple(jobs.values()), logs)
+
+
+def _log(remote: Remote, namespace: str, job_id: str) -> str:
+    """A job's log. One that the server does not keep any more says nothing, and so nothing is tried again."""
+    try:
+        return remote.log(namespace, job_id)
+    except HubError as error:
+        if error.access is Access.UNREACHABLE:
+            raise
+        return f"the log is not to be had: {error.detail}"

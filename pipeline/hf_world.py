@@ -1,0 +1,125 @@
+"""The real world for a tick: this checkout, the tags of its remote, the Hub. Opens it; decides and submits nothing."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+from pipeline.backends.hf_jobs import HfJobs
+from pipeline.book import Book
+from pipeline.check import preflight
+from pipeline.errors import Finding, UserError
+from pipeline.hub import Hub, open_hub
+from pipeline.hub_token import token_shape
+from pipeline.launch import Order
+from pipeline.plan import Plan
+from pipeline.reconcile import Limits, Seen, Submit
+from pipeline.remote import Clock
+from pipeline.repository import Repository
+from pipeline.settings import load_settings
+from pipeline.tree import make_order, read_tree, wanted_run
+from pipeline.world import RunBook, Tree, World
+
+ENDPOINT = "https://huggingface.co"
+
+
+@dataclass(frozen=True)
+class SystemClock:
+    """The clock of this machine."""
+
+    def now(self) -> float:
+        """Seconds since the epoch."""
+        return time.time()
+
+    def sleep(self, seconds: float) -> None:
+        """Let so many seconds pass."""
+        time.sleep(seconds)
+
+
+@dataclass(frozen=True)
+class UnwrittenBook:
+    """The tags as they are, with nothing added: one run by hand neither installs mergetune nor closes anything."""
+
+    repository: Repository
+    commit: str
+
+    def read_book(self) -> Book:
+        """The book of the remote; a repository that has no marker yet counts as installed here."""
+        book = self.repository.read_book()
+        return replace(book, since=book.since or self.commit)
+
+    def push_tag(self, name: str, commit: str, message: str) -> None:
+        """Nothing: the controller writes the tag when it finds the artifacts."""
+
+
+def open_world(root: Path, branch: str, clock: Clock | None = None) -> World:
+    """Everything a tick over main needs; by this machine's clock unless another is given.
+
+    Raises:
+        UserError: no token that can be one, or a checkout that is not the head of `branch`.
+        HubError: the Hub does not say whose token it is.
+    """
+    repository = Repository(root)
+    if not repository.is_clean_main(branch):
+        hint = f"`git switch {branch} && git pull`: a tick from an old commit would take newer runs for unwanted ones"
+        raise UserError(f"this checkout is not the head of `{branch}`, so nothing was done", hint)
+    return _world(root, repository, repository, read_tree(root, repository.head_commit()), clock)
+
+
+def open_world_of_one(root: Path, path: Path, clock: Clock | None = None) -> World:
+    """The world of one experiment, run by hand: it may be on no branch yet, and no other run is touched.
+
+    Raises:
+        UserError: no token that can be one, or a file that cannot be read.
+        HubError: the Hub does not say whose token it is.
+    """
+    repository = Repository(root)
+    commit = repository.head_commit()
+    tree = Tree(commit, (wanted_run(path.resolve(), root),), partial=True)
+    return _world(root, repository, UnwrittenBook(repository, commit), tree, clock)
+
+
+def open_account(clock: Clock) -> tuple[Hub, str]:
+    """The Hub with the personal token of the environment.
+
+    Raises:
+        UserError: there is none, or what is there cannot be one.
+    """
+    token = os.environ.get("HF_TOKEN", "").strip()
+    shape = token_shape(token)
+    if shape is not None:
+        where = "set HF_TOKEN to a personal token that may write and start jobs"
+        raise UserError(f"`HF_TOKEN` holds no personal token ({shape.kind})", where)
+    return open_hub(os.environ.get("HF_ENDPOINT") or ENDPOINT, token, sleep=clock.sleep), token
+
+
+def _world(root: Path, repository: Repository, book: RunBook, tree: Tree, clock: Clock | None) -> World:
+    settings = load_settings(root)
+    clock = clock or SystemClock()
+    hub, token = open_account(clock)
+    remote = HfJobs(hub, token)
+    label = repository.label()
+    account = hub.token_facts().user
+    namespaces = frozenset(settings.namespaces) | ({account} if account else set())
+    provenance: Callable[[Plan], dict[str, object]] = partial(_provenance, repository, tree)
+
+    def order(plan: Plan, submit: Submit, seen: Seen, attempt: int) -> Order:
+        return make_order(root, remote, label, provenance(plan), plan, submit, seen)
+
+    def check(plan: Plan) -> tuple[Finding, ...]:
+        path = next(run.path for run in tree.wanted if run.run_id == plan.run_id)
+        return preflight(path or Path(), root, settings, hub, datetime.fromtimestamp(clock.now(), UTC))
+
+    limits = Limits(attempts=settings.attempts)
+    return World(remote, book, clock, settings, tree, label, check, order, limits, namespaces)
+
+
+def _provenance(repository: Repository, tree: Tree, plan: Plan) -> dict[str, object]:
+    """Where an artifact comes from: for its card and its manifest."""
+    path = next(run.path for run in tree.wanted if run.run_id == plan.run_id)
+    shown = path.relative_to(repository.root).as_posix() if path else ""
+    commit = repository.introduced_by(shown) or tree.commit
+    return {"repository": repository.web_address(), "commit": commit, "path": shown}

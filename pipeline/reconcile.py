@@ -1,0 +1,216 @@
+"""What to do next about one run, from what is seen of it. Pure: the same world gives the same action.
+
+The states, from the last artifact that exists with this run's id:
+
+| seen of the next stage                                        | action                                          |
+|---------------------------------------------------------------|-------------------------------------------------|
+| every end product is there                                    | Finish                                          |
+| a job of the run is queued or running                         | Wait                                            |
+| no trace in this round                                        | Submit the next attempt                         |
+| a claim without a job, younger than its lease                 | Wait: it is in flight elsewhere                 |
+| the same, older                                               | Submit the same attempt, until the posts are up |
+| a claim that cannot be read                                   | GiveUp                                          |
+| a job of this attempt was there and is not known any more     | Submit the next attempt, after the lease        |
+| the fence is shut: nobody may pass                            | GiveUp                                          |
+| the job succeeded, no artifact, for less than the lag window  | Wait: listings lag                              |
+| the same, for longer                                          | GiveUp                                          |
+| the job was cancelled, not by a lost machine                  | GiveUp                                          |
+| a job has waited for a machine for too long                   | GiveUp                                          |
+| the job failed or is gone, a retry may pass, money remains    | Submit the next attempt                         |
+| the job failed otherwise                                      | GiveUp with the diagnosis                       |
+
+A round is what lies between two finish tags: `mergetune retry` opens the next one, and the attempts of a closed round
+no longer count.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pipeline.cost import billed_usd
+from pipeline.diagnose import Diagnosis, diagnose, diagnose_message
+from pipeline.flavors import FLAVORS
+from pipeline.plan import Plan, Stage, StageName
+from pipeline.remote import NOBODY, JobState, SeenJob, StageView, Winner
+
+GONE = "the job is not known to the server any more"
+CENT = 0.01
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds in seconds and counts. `lease_s` must exceed what a submit takes plus the lag of the job listing."""
+
+    attempts: int = 3
+    posts: int = 3
+    lease_s: float = 900
+    lag_s: float = 600
+    queue_patience_s: float = 24 * 3600
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One look at a run: each stage's repository, every job with its label, and the log of jobs that failed."""
+
+    views: Mapping[StageName, StageView] = field(default_factory=dict)
+    jobs: tuple[SeenJob, ...] = ()
+    logs: Mapping[str, str] = field(default_factory=dict)
+
+    def done(self, plan: Plan) -> set[StageName]:
+        """The stages whose artifact exists with this run's id."""
+        return {
+            stage
+            for stage, view in self.views.items()
+            if view.manifest and (view.manifest.get("run_id"), view.manifest.get("stage")) == (plan.run_id, stage)
+        }
+
+
+@dataclass(frozen=True)
+class Submit:
+    """Start an attempt at a stage."""
+
+    stage: Stage
+    attempt: int
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Nothing to do now."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """The run cannot go on by itself."""
+
+    stage: StageName
+    why: str
+    hint: str = ""
+    cancelled: bool = False
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Every artifact is there."""
+
+
+Action = Submit | Wait | GiveUp | Finish
+
+
+def decide(
+    plan: Plan, seen: Seen, now: float, limits: Limits, closed_attempts: Mapping[str, int] | None = None
+) -> Action:
+    """The next action about an open run that is wanted. `now` is in epoch seconds."""
+    pending = plan.pending(seen.done(plan))
+    if not pending:
+        return Finish()
+    if live := [job for job in seen.jobs if job.is_live]:
+        return _about_live(live[0], now, limits)
+    action = _about_stage(plan, pending[0], seen, now, limits, (closed_attempts or {}).get(pending[0].name, 0))
+    return _within_budget(plan, action, pending, seen) if isinstance(action, Submit) else action
+
+
+def spent_usd(jobs: tuple[SeenJob, ...]) -> float:
+    """What these jobs have cost so far: whole minutes begun, at their flavor's price."""
+    return sum(billed_usd(job.running_s, FLAVORS[job.flavor]) for job in jobs if job.flavor in FLAVORS)
+
+
+def _about_stage(plan: Plan, stage: Stage, seen: Seen, now: float, limits: Limits, closed: int) -> Action:
+    view = seen.views.get(stage.name, StageView())
+    jobs = [job for job in seen.jobs if job.stage is stage.name]
+    attempt = max([view.attempt, *(job.attempt for job in jobs)])
+    if attempt <= closed:
+        return Submit(stage, closed + 1, "asked for by a retry" if closed else "first attempt")
+    if view.winner == Winner(attempt, NOBODY):
+        return _cancelled(plan, stage, "it was cancelled")
+    job = _job_of(view, [job for job in jobs if job.attempt == attempt])
+    if job is None:
+        return _about_no_job(plan, stage, view, attempt, attempt - closed, now, limits)
+    match job.state:
+        case JobState.SUCCEEDED:
+            return _about_success(stage, job, now, limits)
+        case JobState.CANCELLED:
+            # Only the server's own words undo a cancel: a job that a person stopped must not be bought again.
+            said = diagnose_message(job.message)
+            if said is None or not said.transient:
+                return _cancelled(plan, stage, said.cause if said else "it was cancelled", said.hint if said else "")
+            return _about_failure(plan, stage, said, attempt, attempt - closed, limits)
+        case _:
+            found = diagnose(seen.logs.get(job.id, ""), job.message)
+            return _about_failure(plan, stage, found, attempt, attempt - closed, limits)
+
+
+def _within_budget(plan: Plan, submit: Submit, pending: list[Stage], seen: Seen) -> Action:
+    """A submit only while what is spent, and the worst case of all that is still to do, stay within the budget."""
+    spent, later = spent_usd(seen.jobs), sum(stage.cost.worst_usd for stage in pending)
+    if spent + later <= plan.experiment.budget.max_usd + CENT / 2:
+        return submit
+    hint = f"raise `budget.max_usd` to {spent + later:.2f}, then `mergetune retry {plan.experiment.name}`"
+    why = f"{submit.why}; ${spent:.2f} are spent and what is left to do could cost ${later:.2f}"
+    return GiveUp(submit.stage.name, why, hint)
+
+
+def _cancelled(plan: Plan, stage: Stage, why: str, hint: str = "") -> GiveUp:
+    again = f"`mergetune retry {plan.experiment.name}` starts it again"
+    return GiveUp(stage.name, why, _filled(hint, plan, stage) or again, cancelled=True)
+
+
+def _filled(hint: str, plan: Plan, stage: Stage) -> str:
+    """A hint of `diagnose` with the caller's own values in it. It may hold any text: nothing else is replaced."""
+    name, namespace = plan.experiment.name, plan.experiment.output.repo.split("/")[0]
+    values = {"stage": stage.name, "name": name, "namespace": namespace, "path": f"experiments/{name}.yaml"}
+    for key, value in values.items():
+        hint = hint.replace(f"{{{key}}}", value)
+    return hint
+
+
+def _about_live(job: SeenJob, now: float, limits: Limits) -> Action:
+    if job.state is JobState.QUEUED and now - job.created_at > limits.queue_patience_s:
+        hours = limits.queue_patience_s / 3600
+        return GiveUp(job.stage, f"no machine came in {hours:.0f} h", f"another flavor than `{job.flavor}` may be free")
+    return Wait(f"{job.stage} is {job.state}")
+
+
+def _job_of(view: StageView, jobs: list[SeenJob]) -> SeenJob | None:
+    """The job that counts: the one that passed the fence, else the one the claim names, else the latest."""
+    by_id = {job.id: job for job in jobs}
+    if view.winner and view.winner.job_id in by_id:
+        return by_id[view.winner.job_id]
+    if view.claim and view.claim.job_id in by_id:
+        return by_id[view.claim.job_id]
+    return max(jobs, key=lambda job: job.created_at, default=None)
+
+
+def _about_no_job(
+    plan: Plan, stage: Stage, view: StageView, attempt: int, tried: int, now: float, limits: Limits
+) -> Action:
+    claim = view.claim
+    if claim and claim.at - now > limits.lease_s:  # also one that cannot be read: its lease never ends
+        hint = f"look at the jobs page, then `mergetune retry {plan.experiment.name}`"
+        return GiveUp(stage.name, "its claim cannot be read, or its time lies far ahead", hint)
+    if claim and now - claim.at < limits.lease_s:
+        return Wait(f"{stage.name} is being submitted elsewhere")
+    if (view.winner and view.winner.attempt == attempt) or (claim and claim.job_id is not None):
+        if tried >= limits.attempts:
+            return GiveUp(stage.name, f"{GONE} ({tried} attempts)")
+        return Submit(stage, attempt + 1, GONE)
+    if claim and claim.posts >= limits.posts:
+        why = f"{claim.posts} submits were answered with an error and no job of them can be found"
+        return GiveUp(stage.name, why, "look at the jobs page before you retry: one of them may have started")
+    return Submit(stage, attempt, "an earlier submit came to nothing")
+
+
+def _about_success(stage: Stage, job: SeenJob, now: float, limits: Limits) -> Action:
+    if now - (job.finished_at or job.created_at) < limits.lag_s:
+        return Wait(f"{stage.name} has ended, its artifact is not visible yet")
+    return GiveUp(stage.name, "the job ended well and left no artifact", f"read its log: {job.url or job.id}")
+
+
+def _about_failure(plan: Plan, stage: Stage, found: Diagnosis, attempt: int, tried: int, limits: Limits) -> Action:
+    why = f"{found.cause}: {found.evidence}" if found.evidence else found.cause
+    if not found.transient:
+        return GiveUp(stage.name, why, _filled(found.hint, plan, stage))
+    if tried >= limits.attempts:
+        return GiveUp(stage.name, f"{why} ({tried} attempts)", f"`mergetune retry {plan.experiment.name}` tries again")
+    return Submit(stage, attempt + 1, why)

@@ -1,0 +1,221 @@
+"""A place where stages run as paid jobs and artifacts are repositories: its values and its port, no implementation.
+
+`backends/hf_jobs.py` is the Hub; the simulation in the tests is another. Every method may raise HubError: with
+`Access.UNREACHABLE` when nobody can say whether it happened, with any other answer when it surely did not.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.plan import StageName
+
+FOLDER = ".mergetune"
+CLAIM, WINNER, MANIFEST, REQUEST = "claim.json", "winner.json", "manifest.json", "run.json"
+VIEWED = (CLAIM, WINNER, MANIFEST, REQUEST)
+NOBODY = "nobody"  # the job id of a fence that was closed so that no job passes
+
+
+class JobState(StrEnum):
+    """What became of a job, whatever the backend calls it."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+LIVE = (JobState.QUEUED, JobState.RUNNING)
+
+
+@dataclass(frozen=True)
+class SeenJob:
+    """One job as a listing shows it. `message` is the server's own reason; times are seconds (`created_at`: epoch)."""
+
+    id: str
+    experiment: str
+    run_id: str
+    stage: StageName
+    attempt: int
+    state: JobState
+    created_at: float
+    running_s: float
+    flavor: str
+    repo: str
+    finished_at: float | None = None
+    message: str = ""
+    url: str = ""
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it costs money now or soon."""
+        return self.state in LIVE
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`claim.json`: whose submit this is. `by` is drawn anew for every submit; `job_id` is written after it."""
+
+    attempt: int
+    at: float
+    by: str
+    posts: int = 0
+    job_id: str | None = None
+
+    def as_bytes(self) -> bytes:
+        """The file."""
+        return as_json(vars(self))
+
+
+UNREADABLE = Claim(1, math.inf, "unreadable")  # a lease that never ends
+
+
+@dataclass(frozen=True)
+class Winner:
+    """`winner.json`: the job that passed the fence, and so the only one that works on this stage."""
+
+    attempt: int
+    job_id: str
+
+
+@dataclass(frozen=True)
+class StageView:
+    """What a stage's repository says: `head` None when there is no repository, `claim` None when nobody submitted.
+
+    `request` is the claim's `run.json`.
+    """
+
+    head: str | None = None
+    claim: Claim | None = None
+    winner: Winner | None = None
+    manifest: Mapping[str, Any] | None = None
+    request: Mapping[str, Any] | None = None
+
+    @property
+    def attempt(self) -> int:
+        """The latest attempt that left a trace; 0 when there is none."""
+        return max(self.claim.attempt if self.claim else 0, self.winner.attempt if self.winner else 0)
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """One job to submit: what runs where, for how long at most, and under which labels it is found again."""
+
+    namespace: str
+    flavor: str
+    timeout_s: int
+    command: tuple[str, ...]
+    repo: str
+    revision: str
+    mount: str
+    labels: Mapping[str, str]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+class Clock(Protocol):
+    """Time, so that a test can own it."""
+
+    def now(self) -> float:
+        """Seconds since the epoch."""
+        ...
+
+    def sleep(self, seconds: float) -> None:
+        """Let so many seconds pass."""
+        ...
+
+
+class Remote(Protocol):
+    """What the controller asks of the world."""
+
+    def view(self, repo: str, folder: str) -> StageView:
+        """The small files of one stage's folder, at the repository's head."""
+        ...
+
+    def create_repo(self, repo: str, private: bool) -> None:
+        """Make the repository if it is not there."""
+        ...
+
+    def commit(self, repo: str, parent: str, message: str, files: Mapping[str, bytes | Path]) -> str:
+        """Commit on top of `parent` or raise `Access.MOVED`; returns the new commit."""
+        ...
+
+    def submit(self, spec: JobSpec) -> str:
+        """Start a paid job; returns its id."""
+        ...
+
+    def jobs(self, namespace: str, labels: Mapping[str, str], live: bool) -> tuple[SeenJob, ...]:
+        """The jobs with these labels; all of them, or only the live ones."""
+        ...
+
+    def inspect(self, namespace: str, job_id: str) -> SeenJob | None:
+        """One job by its id, None when the server knows no such job."""
+        ...
+
+    def log(self, namespace: str, job_id: str) -> str:
+        """The last part of a job's log."""
+        ...
+
+    def follow(self, namespace: str, job_id: str) -> Iterator[str]:
+        """A job's log from its beginning, line by line, until it ends."""
+        ...
+
+    def cancel(self, namespace: str, job_id: str) -> None:
+        """Ask a job to stop; one that has ended stays as it is."""
+        ...
+
+    def resolve(self, repo: str, kind: str, revision: str | None) -> str:
+        """The commit that a revision names now."""
+        ...
+
+
+def stage_folder(run_id: str, stage: StageName) -> str:
+    """Where a stage keeps its claim, its winner and its manifest in its repository."""
+    return f"{FOLDER}/{run_id}/{stage}"
+
+
+def read_view(head: str | None, files: Mapping[str, bytes]) -> StageView:
+    """A view of the files of one stage folder by name. A file that is not ours to read counts as the safe case.
+
+    A claim or winner that cannot be parsed is one that nobody may pass: it blocks, it never frees.
+    """
+    claim, winner, manifest, request = (_object(files.get(name)) for name in VIEWED)
+    return StageView(head, _claim(claim), _winner(winner), manifest, request)
+
+
+def as_json(value: object) -> bytes:
+    """Readable JSON with a line end."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _object(content: bytes | None) -> dict[str, Any] | None:
+    if content is None:
+        return None
+    try:
+        value = json.loads(content)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _claim(value: dict[str, Any] | None) -> Claim | None:
+    if value is None:
+        return None
+    try:
+        claim = Claim(int(value["attempt"]), float(value["at"]), str(value["by"]), int(value["posts"]), value["job_id"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return UNREADABLE
+    return claim if math.isfinite(claim.at) else UNREADABLE
+
+
+def _winner(value: dict[str, Any] | None) -> Winner | None:
+    if value is None:
+        return None
+    try:
+        return Winner(int(value["attempt"]), str(value["job_id"]))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return Winner(1, NOBODY)

@@ -1,0 +1,98 @@
+"""What a tick works with and what it reports: the port to main, to the tags and to the jobs, as values."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.book import Book
+from pipeline.errors import Finding
+from pipeline.launch import Order
+from pipeline.plan import Plan, StageName
+from pipeline.reconcile import Limits, Seen, Submit
+from pipeline.remote import Clock, Remote
+from pipeline.settings import Settings
+
+
+class Outcome(StrEnum):
+    """What a tick did about one run, or found."""
+
+    SUBMITTED = "submitted"
+    WAITING = "waiting"
+    BLOCKED = "blocked"
+    FINISHED = "finished"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    SUPERSEDED = "superseded"
+    ADOPTED = "adopted"
+
+
+@dataclass(frozen=True)
+class Report:
+    """One run's line of a tick. `job` is the one submitted or waited for."""
+
+    experiment: str
+    run_id: str
+    outcome: Outcome
+    text: str
+    hint: str = ""
+    stage: StageName | None = None
+    job: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {key: value for key, value in vars(self).items() if value not in ("", None)}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An experiment on main: its run, and how to learn the rest when it is needed (finished runs never need it)."""
+
+    name: str
+    run_id: str
+    namespace: str
+    plan: Callable[[], Plan]
+    path: Path | None = None
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The experiments of one commit of main. `broken` are names whose file cannot be read: unknown, not deleted.
+
+    `partial`: not all of main. What is not in it is then nobody's to end.
+    """
+
+    commit: str
+    wanted: tuple[Wanted, ...]
+    broken: frozenset[str] = frozenset()
+    partial: bool = False
+
+
+class RunBook(Protocol):
+    """The tags of the repository's remote."""
+
+    def read_book(self) -> Book:
+        """Everything the tags say."""
+        ...
+
+    def push_tag(self, name: str, commit: str, message: str) -> Any:
+        """Make a tag; somebody may have been first."""
+        ...
+
+
+@dataclass(frozen=True)
+class World:
+    """What a tick works with. `namespaces` are looked through besides those of the wanted runs, for jobs whose
+    experiment is gone. `preflight` gives the findings that stop a first submit; `order` makes a submit."""
+
+    remote: Remote
+    book: RunBook
+    clock: Clock
+    settings: Settings
+    tree: Tree
+    label: str
+    preflight: Callable[[Plan], tuple[Finding, ...]]
+    order: Callable[[Plan, Submit, Seen, int], Order]
+    limits: Limits = field(default_factory=Limits)
+    namespaces: frozenset[str] = frozenset()
