@@ -14,7 +14,7 @@ TORCH := $(shell grep '^torch==' requirements/train.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-fast lint docs lock bench clean
+.PHONY: help setup quickstart test test-fast test-contract lint docs lock bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -44,11 +44,19 @@ test: $(VENV)/.dev ## every test
 test-fast: $(VENV)/.dev ## the tests that need no torch
 	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist worksteal
 
-lint: $(VENV)/.dev ## ruff, types, generated files
+test-contract: $(VENV)/.dev ## requests and answers against GitHub's published API description
+	$(BIN)/python -m pytest tests/test_contract_*.py
+
+lint: $(VENV)/.dev ## ruff, types, generated files, workflows
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python scripts/dev/generate_docs.py --check
+	$(BIN)/zizmor --offline --persona=pedantic --no-progress .github
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/actionlint
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-actions .github/actions/*/action.yml
+	$(BIN)/act --validate --strict -P ubuntu-24.04=-self-hosted
 
 docs: $(VENV)/.dev ## write the generated pages and the JSON schema
 	$(BIN)/python scripts/dev/generate_docs.py
@@ -58,8 +66,12 @@ lock: $(VENV)/.dev ## pin requirements/*.txt anew from pyproject.toml
 
 bench: $(VENV)/.dev ## every benchmark, one table each
 	$(BIN)/python benchmarks/check_cold.py
+	$(BIN)/python benchmarks/check_many.py
 	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/train_overhead.py
+	$(BIN)/python benchmarks/rehearse.py
+	$(BIN)/python benchmarks/exactly_once.py --plans 2000
+	$(BIN)/python benchmarks/reconcile.py --experiments 1000
 
 clean: ## remove runs, caches and the virtual environment
 	rm -rf $(VENV) runs build .pytest_cache .mypy_cache .ruff_cache

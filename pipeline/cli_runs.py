@@ -30,6 +30,9 @@ MARKS = {"submitted": "▶", "waiting": "◐", "blocked": "!", "finished": "●"
 def reconcile(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Look and decide, change nothing.")] = False,
     branch: Branch = "main",
+    github: Annotated[
+        bool, typer.Option("--github", help="Say on GitHub what was done; launch only what was reviewed.")
+    ] = False,
     format: Shape = Format.TEXT,
 ) -> None:
     """Take the next action about every experiment of main: submit, chain, retry, finish, cancel. One tick.
@@ -39,13 +42,20 @@ def reconcile(
     mergetune reconcile
 
     Needs HF_TOKEN. Exit code: 0 done, 1 a run failed or is blocked, or something could not be read (then nothing was
-    done).
+    done). With --github only the last is 1: the runs speak for themselves on their pull requests.
     """
     from pipeline.controller import tick
     from pipeline.hf_world import open_world
     from pipeline.world import Outcome
 
+    if dry_run and github:
+        raise UserError("`--dry-run` says nothing on GitHub", "leave one of the two out", exit_code=2)
     with hub_answers():
+        if github:
+            from pipeline.cli_github import reconcile_and_tell
+
+            _print_reports(reconcile_and_tell(_root(), branch), format)
+            return
         reports = tick(open_world(_root(), branch), dry_run=dry_run)
     _print_reports(reports, format)
     bad = {Outcome.FAILED, Outcome.BLOCKED}

@@ -16,10 +16,38 @@ LAYERS = {
     "flavors": 0,
     "models": 0,
     "facts": 0,
+    "hub_facts": 0,
+    "markdown": 1,
+    "plan_changes": 1,
+    "plan_preview": 1,
+    "plan_sections": 1,
+    "plan_details": 1,
+    "plan_comment": 1,
+    "plan_request": 3,
+    "world": 3,
+    "closing": 3,
+    "tree": 3,
+    "hub": 2,
+    "hub_files": 2,
+    "hub_look": 1,
+    "hub_token": 1,
+    "host_memory": 1,
+    "twin_families": 1,
+    "rehearsal_place": 1,
+    "book": 1,
+    "repository": 2,
+    "remote": 1,
+    "run_json": 1,
+    "reconcile": 1,
+    "diagnose": 1,
+    "launch": 3,
+    "controller": 3,
     "trl_fields": 2,
     "converter_architectures": 0,
     "dataset_facts": 0,
     "rows": 1,
+    "read_rows": 1,
+    "guard": 1,
     "chat_template": 1,
     "tokens": 1,
     "dataset": 2,
@@ -39,14 +67,34 @@ LAYERS = {
     "workspace": 2,
     "scaffold": 2,
     "check": 3,
+    "online": 3,
     "local_run": 3,
+    "pull_request": 1,
+    "github_api": 2,
+    "github": 2,
+    "cli_runs": 4,
+    "hf_run": 3,
+    "hf_world": 3,
+    "run_verbs": 3,
+    "comments": 1,
+    "preflight": 3,
+    "announce": 3,
+    "chatops": 3,
+    "doctor": 3,
+    "cli_github": 4,
+    "review": 3,
+    "workflow_run": 3,
+    "setup_recipes": 1,
     "cli": 4,
+    "cli_checks": 4,
     "__main__": 4,
     "__init__": 0,
 }
 IMPURE = {"os", "time", "subprocess", "shutil", "socket", "httpx", "httpx2", "huggingface_hub", "torch", "random"}
 # The display of progress is thin I/O around the pure `advance`; it needs a clock to keep a log short.
 PURE_EXCEPT = {"progress": {"time"}}
+# Hugging Face Jobs is one half of the Hub's client and asks through the other half's connection, as GitHub does.
+MAY_IMPORT = {("backends", "hub"), ("github", "github_api")}
 TORCH_STACK = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes"}
 MODULES = sorted((ROOT / "pipeline").rglob("*.py"))
 
@@ -74,7 +122,7 @@ def test_imports_point_down(path: Path) -> None:
         if name.startswith("pipeline.") and name != "pipeline.__version__":
             other = name.split(".")[1]
             assert LAYERS[other] <= layer, f"{path.name} (layer {layer}) imports {other} (layer {LAYERS[other]})"
-            if layer == 2 and other != part_of(path):
+            if layer == 2 and other != part_of(path) and (part_of(path), other) not in MAY_IMPORT:
                 assert LAYERS[other] < 2, f"layer 2 modules do not import each other: {path.name} imports {other}"
 
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = {"core": ".", "train": ".[train]", "dev": ".[train,dev]"}
+FILES = {"core": ".", "hub": ".[hub,count]", "train": ".[train,hub,count]", "dev": ".[train,hub,count,dev]"}
 
 
 def resolve(target: str) -> dict[str, str]:
