@@ -24,6 +24,8 @@ from pipeline.settings import Settings
 from pipeline.tree import make_order, read_tree
 from pipeline.world import Outcome, Report, World
 
+pytestmark = pytest.mark.slow
+
 LABEL = "acme--models"
 ACME = frozenset({"acme"})
 HALF_HOUR = 1800.0

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT, CATALOGUE = ROOT / "scripts/dev/check_flavors.py", ROOT / "pipeline/flavors.py"
 # Memory of one GPU as it is sold.

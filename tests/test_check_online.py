@@ -18,6 +18,8 @@ from pipeline.check import preflight
 from pipeline.hub import open_hub
 from pipeline.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "experiments/examples/tiny-docs-llama"
 BASE_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

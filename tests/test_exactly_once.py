@@ -16,6 +16,8 @@ from pipeline.controller import tick
 from pipeline.hub_facts import HubError
 from pipeline.remote import JobState
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_merged_experiment_runs_once_through_all_stages() -> None:
     sim = start(0)

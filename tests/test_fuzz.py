@@ -36,6 +36,8 @@ from pipeline.loader import parse_experiment  # noqa: E402
 from pipeline.plan import make_fingerprint  # noqa: E402
 from pipeline.settings import Settings  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = ROOT / "experiments/examples"
 CORPUS = ROOT / "tests/experiments/bad"
 SECONDS = 2

@@ -210,6 +210,8 @@ def test_a_second_copy_is_cleared_away(github, client, number):
 PROCESS = """
 import sys
 from pipeline.github import open_github
+
+pytestmark = pytest.mark.slow
 url, number, text = sys.argv[1:]
 print(open_github(url, "ghs_loopback", "acme/models").sticky_comment(int(number), "plan:coach", text))
 """

@@ -12,6 +12,8 @@ from servers.hub_faults import Action, drop, hang, lose_response, status, trunca
 from pipeline.github import GitHub, open_github
 from pipeline.pull_request import Access, Reaction, StatusState
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def github(tmp_path: Path) -> Iterator[LoopbackGitHub]:

@@ -29,6 +29,8 @@ from pipeline.loader import parse_experiment
 from pipeline.rules import Rule, Subject, online, token
 from pipeline.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 SECRET = "hf_" + "A1b2C3d4" * 4
 OAUTH = "hf_oauth_eyJhbGciOiJIUzI1NiJ9.eyJzY29wZSI6ImpvYnMifQ.c2ln"

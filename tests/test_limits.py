@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from test_fuzz import EXPERIMENT, FILES, FIRST_ROW, ROOT, SECONDS, as_json, rows
 
+pytestmark = pytest.mark.slow
+
 MEGABYTES = 500
 HALF = 120 * 1024  # bytes of a text that is still read: half of yaml_text.MAX_BYTES
 

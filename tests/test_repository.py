@@ -15,6 +15,8 @@ import pytest
 from pipeline.book import BY_HAND, SINCE, Book, Closed, Verdict, finish_message, retry_message, since_message
 from pipeline.repository import Pushed, Repository, RepositoryError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 AT = datetime(2026, 11, 22, 20, 0, tzinfo=UTC)
 RUN = "coach-0a1b2c3d"
