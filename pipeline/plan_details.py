@@ -58,6 +58,8 @@ def flavors_that_fit(preview: Preview) -> str:
         "train time",
         "train cost",
     )
+    if preview.facts.dataset is None:  # then neither time nor cost is known of any
+        return table(head[:5], [row[:5] for row in rows], "lrrlr")
     return table(head, rows, "lrrlrrr")
 
 

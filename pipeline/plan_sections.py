@@ -1,12 +1,13 @@
 """The open sections of the plan comment: stages, data, findings, changes, next commands. Decides and posts nothing."""
 
 import shlex
+from collections.abc import Sequence, Set
 
 from pipeline.dataset_facts import DatasetFacts, Lines, TokenFacts
 from pipeline.errors import Finding, redact
 from pipeline.experiment import Experiment, Method
 from pipeline.facts import Facts
-from pipeline.markdown import code, fence, money, percent, plural, prose, table
+from pipeline.markdown import code, details, fence, money, percent, plural, prose, table
 from pipeline.plan import Stage, StageName
 from pipeline.plan_changes import Changes, EstimateChange, FieldChange
 from pipeline.plan_preview import Preview, expected_cost, expected_time, held_out_rows, span_of
@@ -27,6 +28,7 @@ def stages_section(preview: Preview) -> str:
     if preview.plan is None:
         return ""
     plan, stages = preview.plan, preview.plan.stages
+    shows_memory = any(_memory(stage) for stage in stages)
     rows = [_stage_row(stage) for stage in stages]
     if len(stages) > 1:
         span = span_of(stages)
@@ -35,7 +37,9 @@ def stages_section(preview: Preview) -> str:
         timeout = duration(sum(stage.timeout_s for stage in stages))
         rows.append(("**all**", "", "", f"**{whole}**", timeout, f"**{cost}**", f"**{money(plan.worst_usd)}**"))
     head = ("stage", "flavor", "memory", "expected time", "timeout", "expected cost", "at most")
-    return table(head, rows, "llrrrrr")
+    if shows_memory:
+        return table(head, rows, "llrrrrr")
+    return table((*head[:2], *head[3:]), [(*row[:2], *row[3:]) for row in rows], "llrrrr")
 
 
 def data_section(preview: Preview) -> str:
@@ -57,7 +61,7 @@ def data_section(preview: Preview) -> str:
         f"{about}{tokens.lost:,}",
     )
     head = ("rows", "held out", "tokens a pass", "trained on", "longest row", "tokens cut off")
-    notes = _data_notes(experiment, dataset, tokens)
+    notes = _data_notes(experiment, dataset, tokens, {finding.rule for finding in preview.findings})
     return "\n\n".join([heading, table(head, [row], "rrrrrr"), *(["\n".join(notes)] if notes else [])])
 
 
@@ -84,17 +88,14 @@ def changes_section(preview: Preview) -> str:
     if changes is None:
         return ""
     heading += f" {code(changes.before.run_id)}" if changes.before else ""
-    parts = [heading, _same_words(changes)]
-    if changes.fields:
-        rows = [_field_row(change) for change in changes.fields[:FIELDS]]
-        parts.append(table(("field", "before", "now", "the result"), rows, "llll"))
-    if len(changes.fields) > FIELDS:
-        parts.append(f"{len(changes.fields) - FIELDS:,} more fields differ.")
-    if moved := [estimate for estimate in changes.estimates if _estimate(estimate)]:
-        rows = [_estimate(estimate) for estimate in moved]
-        parts.append(table(("estimate", "before", "now"), rows, "lrr"))
-    elif changes.estimates:
-        parts.append("No estimate changes.")
+    parts = [heading, " ".join(words for words in (_same_words(changes), _moved(changes)) if words)]
+    # The reviewer's question is what changes the result; the rest is in the tables above already, or in the settings.
+    deciding = [change for change in changes.fields if change.decides or change.written]
+    others = [change for change in changes.fields if change not in deciding]
+    if deciding:
+        parts.append(_field_table(deciding))
+    if others:
+        parts.append(details(f"{plural(len(others), 'field')} that do not decide the result", _field_table(others)))
     return "\n\n".join(parts)
 
 
@@ -129,18 +130,21 @@ def _approved(preview: Preview) -> list[str]:
 
 
 def _stage_row(stage: Stage) -> tuple[str, ...]:
-    memory = ""
-    if stage.memory is not None and stage.flavor.gpu is not None:
-        memory = f"{stage.memory.total:.1f} of {stage.flavor.vram_gib:g} GiB"
     times = expected_time(stage), duration(stage.timeout_s)
     return (
         str(stage.name),
         f"`{stage.flavor.name}`",
-        memory,
+        _memory(stage),
         *times,
         expected_cost(stage),
         money(stage.cost.worst_usd),
     )
+
+
+def _memory(stage: Stage) -> str:
+    if stage.memory is None or stage.flavor.gpu is None:
+        return ""
+    return f"{stage.memory.total:.1f} of {stage.flavor.vram_gib:g} GiB"
 
 
 def _not_counted(facts: Facts) -> str:
@@ -151,20 +155,18 @@ def _not_counted(facts: Facts) -> str:
     return "Not counted: these rows were not read. How long training takes depends on them."
 
 
-def _data_notes(experiment: Experiment, dataset: DatasetFacts, tokens: TokenFacts) -> list[str]:
-    """One line for each thing about the rows that a reviewer may want to change."""
+def _data_notes(experiment: Experiment, dataset: DatasetFacts, tokens: TokenFacts, said: Set[str]) -> list[str]:
+    """One line for each thing about the rows that a reviewer may want to change, less what a finding says."""
     length, over = experiment.train.max_length, tokens.over_limit
-    notes = []
-    if over.count:
-        lost = f"{tokens.lost:,} tokens ({percent(tokens.lost, tokens.uncut)}) are cut off"
-        notes.append(f"- longer than `max_length: {length}`: {_rows(over)}; {lost}")
-    if tokens.dropped.count:
-        notes.append(f"- dropped, with no token left to train on: {_rows(tokens.dropped)}")
-    if dataset.duplicates.count:
-        notes.append(f"- the same as an earlier row: {_rows(dataset.duplicates)}")
-    if dataset.leaked.count:
-        notes.append(f"- in the held-out file too: {_rows(dataset.leaked)}")
-    if dataset.exact and not notes:
+    lost = f"{tokens.lost:,} tokens ({percent(tokens.lost, tokens.uncut)}) are cut off"
+    troubles = (
+        ("DAT007", over, f"longer than `max_length: {length}`: {_rows(over)}; {lost}"),
+        ("DAT008", tokens.dropped, f"dropped, with no token left to train on: {_rows(tokens.dropped)}"),
+        ("DAT010", dataset.duplicates, f"the same as an earlier row: {_rows(dataset.duplicates)}"),
+        ("DAT011", dataset.leaked, f"in the held-out file too: {_rows(dataset.leaked)}"),
+    )
+    notes = [f"- {words}" for rule, lines, words in troubles if lines.count and rule not in said]
+    if dataset.exact and not any(lines.count for _, lines, _ in troubles):
         notes.append("Every row was counted: nothing is cut off, no row repeats.")
     if not dataset.exact and dataset.estimated:
         notes.append(f"- counts are estimates: {prose(_short(dataset.estimated))}")
@@ -192,6 +194,20 @@ def _same_words(changes: Changes) -> str:
     return f"No field that decides the result changes; what {paths} held before is not known here."
 
 
+def _field_table(changes: Sequence[FieldChange]) -> str:
+    rows = [_field_row(change) for change in changes[:FIELDS]]
+    shown = table(("field", "before", "now", "the result"), rows, "llll")
+    return shown if len(changes) <= FIELDS else f"{shown}\n\n{len(changes) - FIELDS:,} more fields differ."
+
+
+def _moved(changes: Changes) -> str:
+    """The estimates that read differently now, in a sentence."""
+    if not changes.estimates:
+        return ""
+    moved = [words for estimate in changes.estimates if (words := _estimate(estimate))]
+    return f"Now {'; '.join(moved)}." if moved else "No estimate changes."
+
+
 def _field_row(change: FieldChange) -> tuple[str, ...]:
     before, now = ("" if text is None else code(text, VALUE) for text in (change.before, change.after))
     match change.written:
@@ -203,10 +219,10 @@ def _field_row(change: FieldChange) -> tuple[str, ...]:
             return code(change.field), before, now, "**changes**" if change.decides else "stays the same"
 
 
-def _estimate(estimate: EstimateChange) -> tuple[str, ...]:
-    """The row of an estimate, empty when both sides read the same."""
+def _estimate(estimate: EstimateChange) -> str:
+    """`at most $8.20 (was $4.40)`, empty when both sides read the same."""
     before, after = _amount(estimate.name, estimate.before), _amount(estimate.name, estimate.after)
-    return () if before == after else (ESTIMATES[estimate.name], before, after)
+    return "" if before == after else f"{ESTIMATES[estimate.name]} {after} (was {before})"
 
 
 def _amount(name: str, value: float | None) -> str:
