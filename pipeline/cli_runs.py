@@ -56,7 +56,10 @@ def reconcile(
 
             _print_reports(reconcile_and_tell(_root(), branch), format)
             return
-        reports = tick(open_world(_root(), branch), dry_run=dry_run)
+        world = open_world(_root(), branch)
+        reports = tick(world, dry_run=dry_run)
+    for name in sorted(world.tree.broken):
+        print(f"note: experiment `{name}` cannot be read, and is left as it is: `mergetune check`", file=sys.stderr)
     _print_reports(reports, format)
     bad = {Outcome.FAILED, Outcome.BLOCKED}
     raise typer.Exit(int(any(report.outcome in bad for report in reports)))

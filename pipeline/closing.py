@@ -23,6 +23,14 @@ def tag_run(
     world: World, book: Book, run_id: str, verdict: Verdict, text: str, seen: Seen, summary: Mapping[str, Any]
 ) -> None:
     """Push a finish tag with what the jobs of this round cost. Somebody may have been first, with the same end."""
+    name, message = finish_tag(world, book, run_id, verdict, text, seen, summary)
+    world.book.push_tag(name, world.tree.commit, message)
+
+
+def finish_tag(
+    world: World, book: Book, run_id: str, verdict: Verdict, text: str, seen: Seen, summary: Mapping[str, Any]
+) -> tuple[str, str]:
+    """The name and message of the tag that closes this round of a run."""
     number = len(book.rounds.get(run_id, ())) + 1
     attempts: dict[str, int] = {}
     for job in seen.jobs:
@@ -34,7 +42,7 @@ def tag_run(
     at = datetime.fromtimestamp(world.clock.now(), UTC)
     attempts = {stage: number for stage, number in attempts.items() if number}
     closed = Closed(run_id, number, verdict, text, at, usd, attempts, summary)
-    world.book.push_tag(book.next_tag(run_id), world.tree.commit, finish_message(closed))
+    return book.next_tag(run_id), finish_message(closed)
 
 
 def make_summary(plan: Plan, seen: Seen) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from hashlib import sha256
 from typing import Any
 
 from pipeline.book import SINCE, Book, Verdict, since_message
-from pipeline.closing import close_run, end_run, look_closely, shut_late_jobs_out, tag_run
+from pipeline.closing import close_run, end_run, finish_tag, look_closely, shut_late_jobs_out, tag_run
 from pipeline.errors import UserError
 from pipeline.hub_facts import Access, HubError
 from pipeline.launch import Elsewhere, Submitted, Unanswered, submit_stage
@@ -274,15 +274,17 @@ def _adopt(world: World, book: Book, dry_run: bool) -> list[Report]:
     """A first install: what is on main already is recorded and not launched. The marker is written last."""
     now = datetime.fromtimestamp(world.clock.now(), UTC)
     reports: list[Report] = []
+    tags: dict[str, str] = {}
     for run in world.tree.wanted:
         if not book.is_open(run.run_id) or book.retries.get(run.run_id, 0):
             continue
         text = "it was here before mergetune was"
-        if not dry_run:
-            tag_run(world, book, run.run_id, Verdict.ADOPTED, text, Seen(), {"experiment": run.name})
+        made = finish_tag(world, book, run.run_id, Verdict.ADOPTED, text, Seen(), {"experiment": run.name})
+        tags[made[0]] = made[1]
         hint = f"`mergetune retry {run.name}` launches it"
         reports.append(Report(run.name, run.run_id, Outcome.ADOPTED, text, hint))
     if not dry_run:
+        world.book.push_tags(world.tree.commit, tags)
         world.book.push_tag(SINCE, world.tree.commit, since_message(now))
     return reports
 

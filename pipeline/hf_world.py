@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -53,6 +53,9 @@ class UnwrittenBook:
 
     def push_tag(self, name: str, commit: str, message: str) -> None:
         """Nothing: the controller writes the tag when it finds the artifacts."""
+
+    def push_tags(self, commit: str, messages: Mapping[str, str]) -> None:
+        """Nothing, either."""
 
 
 def open_world(root: Path, branch: str, clock: Clock | None = None) -> World:

@@ -22,6 +22,8 @@ from pipeline.errors import UserError, redact
 TAGGER = "mergetune[bot] <mergetune@noreply.invalid>"  # .invalid (RFC 2606): nobody's account
 TAGS = "refs/tags/"
 PATTERNS = ("refs/tags/run/*", "refs/tags/retry/*", "refs/tags/mergetune/*")
+TAGS_A_PUSH = 200  # as many names as a command line surely holds
+QUIET_PUSH = ("--porcelain", "--no-verify", "--no-follow-tags", "--signed=no", "--recurse-submodules=no")
 READ_BYTES = 65_536  # a larger tag object is not ours and is not read
 TAG_NAME = re.compile(rf"(?:run|retry)/[a-z0-9][a-z0-9-]*(?:\.[0-9]+)?|{SINCE}")
 COMMIT = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
@@ -126,21 +128,41 @@ class Repository:
         Raises:
             RepositoryError: refused, or out of reach. A push whose answer was lost is looked up before this is said.
         """
-        if not TAG_NAME.fullmatch(name) or not COMMIT.fullmatch(commit):
-            raise ValueError(f"not a tag of the run book on a commit: {name!r}, {commit!r}")
-        # Two pushers of one second must not make one and the same object: each would find "its" tag at the remote.
-        text = f"{message.rstrip()}\n\nPush: {secrets.token_hex(8)}\n"
-        head = f"object {commit}\ntype commit\ntag {name}\ntagger {TAGGER} {int(time.time())} +0000\n\n"
-        tag = self._git("mktag", stdin=(head + text).encode()).strip()
-        quiet = ("--porcelain", "--no-verify", "--no-follow-tags", "--signed=no", "--recurse-submodules=no")
+        tag = self._make_tag(name, commit, message)
         try:
-            self._git("push", *quiet, self.remote, f"{tag}:{TAGS}{name}")
+            self._git("push", *QUIET_PUSH, self.remote, f"{tag}:{TAGS}{name}")
         except RepositoryError as error:
             found = self._listing("--tags", TAGS + name).get(TAGS + name)
             if found is None:
                 raise RepositoryError(f"tag `{name}` was not pushed: {error.message}", error.hint) from error
             return Pushed.CREATED if found == tag else Pushed.EXISTS
         return Pushed.CREATED
+
+    def push_tags(self, commit: str, messages: Mapping[str, str]) -> None:
+        """Put annotated tags on a commit, many in one push; those whose names are taken stay as they are.
+
+        Raises:
+            RepositoryError: some could not be made; calling again makes the rest.
+        """
+        names = list(messages)
+        for first in range(0, len(names), TAGS_A_PUSH):
+            some = {name: self._make_tag(name, commit, messages[name]) for name in names[first : first + TAGS_A_PUSH]}
+            try:
+                self._git("push", *QUIET_PUSH, self.remote, *(f"{tag}:{TAGS}{name}" for name, tag in some.items()))
+            except RepositoryError as error:
+                missing = {TAGS + name for name in some} - self._listing("--tags", *PATTERNS).keys()
+                if missing:
+                    message = f"{len(missing)} of {len(names)} tags were not pushed: {error.message}"
+                    raise RepositoryError(message, error.hint) from error
+
+    def _make_tag(self, name: str, commit: str, message: str) -> str:
+        """The id of a new tag object in this clone, under no name of it."""
+        if not TAG_NAME.fullmatch(name) or not COMMIT.fullmatch(commit):
+            raise ValueError(f"not a tag of the run book on a commit: {name!r}, {commit!r}")
+        # Two pushers of one second must not make one and the same object: each would find "its" tag at the remote.
+        text = f"{message.rstrip()}\n\nPush: {secrets.token_hex(8)}\n"
+        head = f"object {commit}\ntype commit\ntag {name}\ntagger {TAGGER} {int(time.time())} +0000\n\n"
+        return self._git("mktag", stdin=(head + text).encode()).strip()
 
     def _listing(self, kind: str, *patterns: str) -> dict[str, str]:
         """Object ids by ref name, straight from the remote; `ref^{}` is what an annotated tag points at."""

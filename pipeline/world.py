@@ -1,6 +1,6 @@
 """What a tick works with and what it reports: the port to main, to the tags and to the jobs, as values."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -78,6 +78,10 @@ class RunBook(Protocol):
 
     def push_tag(self, name: str, commit: str, message: str) -> Any:
         """Make a tag; somebody may have been first."""
+        ...
+
+    def push_tags(self, commit: str, messages: Mapping[str, str]) -> None:
+        """Make many at once; the ones that are there already stay."""
         ...
 
 

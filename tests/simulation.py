@@ -342,6 +342,11 @@ class SimBook:
     def push_tag(self, name: str, commit: str, message: str) -> None:
         self.remote._do(lambda: self.remote.world.tags.setdefault(name, Tag(name, commit, message)), "push_tag")
 
+    def push_tags(self, commit: str, messages: Mapping[str, str]) -> None:
+        # One by one: a push of many may have been carried out in part when its answer is lost.
+        for name, message in messages.items():
+            self.push_tag(name, commit, message)
+
 
 class Interleaved:
     """Runs several controllers as threads, of which exactly one moves at a time, chosen at every call."""

@@ -476,3 +476,17 @@ def test_a_thousand_tags_are_read_in_seconds(remote: Path, filters: str, capsys:
 def test_name_of_the_remote(clone: Path, url: str, address: str, label: str) -> None:
     git(clone, "remote", "set-url", "origin", url)
     assert (Repository(clone).web_address(), Repository(clone).label()) == (address, label)
+
+
+def test_many_tags_in_one_push(clone: Path, remote: Path) -> None:
+    repository = Repository(clone)
+    finish(clone)
+    messages = {f"run/old-{number:08x}": message() for number in range(450)}
+    began = time.monotonic()
+    repository.push_tags(repository.head_commit(), {f"run/{RUN}": message(text="another end"), **messages})
+    assert time.monotonic() - began < 60
+    assert len(repository.read_book().closed) == 451
+    assert "another end" not in git(remote, "for-each-ref", f"refs/tags/run/{RUN}", "--format=%(contents)")
+    remote.rename(remote.with_name("gone.git"))
+    with pytest.raises(RepositoryError):
+        repository.push_tags(repository.head_commit(), {"run/late-00000001": message()})
