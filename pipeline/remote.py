@@ -103,6 +103,22 @@ class StageView:
 
 
 @dataclass(frozen=True)
+class Load:
+    """One sample of a job's machine: memory in GiB, and the busy part of its GPUs (0 to 1; none without one)."""
+
+    memory_gib: float
+    memory_total_gib: float
+    gpu_busy: float | None = None
+    gpu_memory_gib: float | None = None
+
+    def __str__(self) -> str:
+        text = f"memory {self.memory_gib:.1f} of {self.memory_total_gib:.0f} GiB"
+        if self.gpu_busy is None or self.gpu_memory_gib is None:
+            return text
+        return f"{text}, GPU {self.gpu_busy:.0%} busy with {self.gpu_memory_gib:.1f} GiB"
+
+
+@dataclass(frozen=True)
 class JobSpec:
     """One job to submit: what runs where, for how long at most, and under which labels it is found again."""
 
@@ -164,6 +180,10 @@ class Remote(Protocol):
         """A job's log from its beginning, line by line, until it ends."""
         ...
 
+    def load(self, namespace: str, job_id: str) -> Load | None:
+        """What a job's machine does at this moment, None when it does not run."""
+        ...
+
     def cancel(self, namespace: str, job_id: str) -> None:
         """Ask a job to stop; one that has ended stays as it is."""
         ...
@@ -185,6 +205,15 @@ def read_view(head: str | None, files: Mapping[str, bytes]) -> StageView:
     """
     claim, winner, manifest, request = (_object(files.get(name)) for name in VIEWED)
     return StageView(head, _claim(claim), _winner(winner), manifest, request)
+
+
+def read_load(sample: Mapping[str, Any]) -> Load:
+    """One event of the Hub's metrics stream: bytes, and percents by GPU."""
+    gpus = [gpu for gpu in dict(sample.get("gpus") or {}).values() if isinstance(gpu, dict)]
+    busy = sum(float(gpu.get("utilization", 0)) for gpu in gpus) / 100 / len(gpus) if gpus else None
+    held = sum(float(gpu.get("memory_used_bytes", 0)) for gpu in gpus) / 2**30 if gpus else None
+    used, total = (float(sample.get(f"memory_{name}_bytes", 0)) / 2**30 for name in ("used", "total"))
+    return Load(used, total, busy, held)
 
 
 def as_json(value: object) -> bytes:

@@ -8,6 +8,7 @@ from pipeline.book import Book, Verdict, retry_message
 from pipeline.closing import close_run, end_run, look_closely
 from pipeline.controller import tick
 from pipeline.errors import UserError
+from pipeline.hub_facts import HubError
 from pipeline.remote import SeenJob
 from pipeline.world import Outcome, Report, Wanted, World
 
@@ -33,7 +34,17 @@ def show_status(world: World, name: str | None) -> list[Report]:
     names = {run.run_id for run in chosen}
     narrow = replace(world, tree=replace(world.tree, wanted=tuple(chosen), partial=name is not None))
     live = [report for report in tick(narrow, dry_run=True) if name is None or report.run_id in names]
-    return closed + [report for report in live if report.run_id not in {one.run_id for one in closed}]
+    live = [report for report in live if report.run_id not in {one.run_id for one in closed}]
+    return closed + [_with_load(world, report, chosen[0]) if name else report for report in live]
+
+
+def _with_load(world: World, report: Report, run: Wanted) -> Report:
+    """The report of one run, with what its machine does; asked of one run only, because it takes a second a job."""
+    try:
+        load = world.remote.load(run.namespace, report.job) if report.job else None
+    except HubError:
+        load = None  # a job that waits for its machine has nothing to tell, and nothing is decided from this
+    return replace(report, text=f"{report.text} ({load})") if load else report
 
 
 def newest_job(world: World, name: str) -> SeenJob:

@@ -13,7 +13,7 @@ from servers.hub_faults import drop, hang, lose_response, status, truncate_list
 from pipeline.diagnose import diagnose
 from pipeline.hub_facts import Access
 from pipeline.plan import StageName
-from pipeline.remote import JobState
+from pipeline.remote import JobState, read_load
 
 SUBMIT = r"/api/jobs/acme$"
 
@@ -207,6 +207,28 @@ def test_an_outage_while_following_is_a_hub_error(hub: LoopbackHub) -> None:
     job_id = remote.submit(spec(hub))
     hub.revoke(TOKEN)
     assert refused(lambda: list(remote.follow("acme", job_id))).access is Access.UNAUTHORIZED
+
+
+def test_the_load_of_a_machine(hub: LoopbackHub) -> None:
+    jobs = jobs_of(hub)
+    job_id = jobs.submit(spec(hub))
+    hub.start_job(job_id)
+    load = jobs.load("acme", job_id)
+    assert load is not None
+    assert 0 <= load.memory_gib <= load.memory_total_gib
+    hub.finish_job(job_id, "COMPLETED")
+    assert jobs.load("acme", job_id) is None
+
+
+def test_a_sample_of_two_gpus() -> None:
+    gpu = {"utilization": 80, "memory_used_bytes": 10 * 2**30, "memory_total_bytes": 24 * 2**30}
+    sample = {
+        "memory_used_bytes": 2**31,
+        "memory_total_bytes": 2**35,
+        "gpus": {"a": gpu, "b": {**gpu, "utilization": 40}},
+    }
+    assert str(read_load(sample)) == "memory 2.0 of 32 GiB, GPU 60% busy with 20.0 GiB"
+    assert str(read_load({**sample, "gpus": {}})) == "memory 2.0 of 32 GiB"
 
 
 def test_cancel(hub: LoopbackHub) -> None:

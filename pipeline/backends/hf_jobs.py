@@ -16,7 +16,7 @@ from huggingface_hub.utils._http import hf_raise_for_status
 from pipeline.hub import Hub
 from pipeline.hub_facts import Access, HubError
 from pipeline.plan import StageName
-from pipeline.remote import VIEWED, JobSpec, JobState, SeenJob, StageView, read_view
+from pipeline.remote import VIEWED, JobSpec, JobState, Load, SeenJob, StageView, read_load, read_view
 
 # Debian with git, a compiler and uv: what a job script needs before its own dependencies.
 IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
@@ -141,6 +141,14 @@ class HfJobs:
         # The client asks again by itself; what it gives up on is a refusal or an outage, as everywhere.
         while (line := self.hub.ask(lambda: next(lines, None), attempts=1)) is not None:
             yield line
+
+    def load(self, namespace: str, job_id: str) -> Load | None:
+        """What the job's machine does at this moment; None before it runs and after it has ended."""
+        api, token = self.hub.api, self._token
+        found = self.hub.ask(
+            lambda: list(api.fetch_job_metrics(job_id=job_id, namespace=namespace, follow=False, token=token))
+        )
+        return read_load(found[0]) if found else None
 
     def cancel(self, namespace: str, job_id: str) -> None:
         """Ask a job to stop. One that has ended answers with an error, which is what was wanted."""
