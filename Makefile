@@ -14,7 +14,7 @@ TORCH := $(shell grep '^torch==' requirements/train.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-fast test-contract lint docs lock bench clean
+.PHONY: help setup quickstart demo test test-fast test-contract lint docs lock bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -37,6 +37,9 @@ setup: $(VENV)/.dev ## install everything into .venv
 
 quickstart: $(VENV)/.train ## fine-tune, merge, quantise and compare a tiny model on this machine
 	$(BIN)/mergetune run experiments/examples/quickstart.yaml
+
+demo: $(VENV)/.dev ## watch a pull request become a model: every comment, real jobs, no account, no network
+	$(BIN)/python scripts/dev/demo.py
 
 test: $(VENV)/.dev ## every test
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
@@ -74,4 +77,4 @@ bench: $(VENV)/.dev ## every benchmark, one table each
 	$(BIN)/python benchmarks/reconcile.py --experiments 1000
 
 clean: ## remove runs, caches and the virtual environment
-	rm -rf $(VENV) runs build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs build demo .pytest_cache .mypy_cache .ruff_cache

@@ -37,22 +37,48 @@ class Backend(StrEnum):
 
 @app.command()
 def init(
-    name: Annotated[str, typer.Argument(help="Name of the experiment and its file.", show_default=False)],
+    name: Annotated[str | None, typer.Argument(help="Name of the experiment and its file.", show_default=False)] = None,
     source: Annotated[str, typer.Option("--from", help="An example to start from.")] = "chat-qlora",
+    issue: Annotated[
+        Path | None,
+        typer.Option(
+            "--from-issue", help="An issue's text instead, `-` for standard input.", readable=False, show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Write a commented experiment to experiments/NAME.yaml.
 
     \b
     mergetune init coach-v2
     mergetune init tiny --from quickstart
+    gh issue view 12 --json body --jq .body | mergetune init --from-issue -
+
+    An issue made with the form of this repository has a name of its own; NAME replaces it.
     """
-    from pipeline.scaffold import write_experiment
+    from pipeline.issue_form import experiment_of_issue
+    from pipeline.scaffold import write_experiment, write_new
     from pipeline.settings import find_root
 
     root = find_root(Path.cwd())
-    path = write_experiment(root, name, source)
+    if issue is not None:
+        path = write_new(root, *experiment_of_issue(_read_issue(issue), name))
+    elif name:
+        path = write_experiment(root, name, source)
+    else:
+        raise UserError("the experiment needs a name", "`mergetune init my-experiment`", exit_code=2)
     print(path.relative_to(root))
-    print(f"hint: edit it, then `mergetune check experiments/{name}.yaml`", file=sys.stderr)
+    print(f"hint: edit it, then `mergetune check {path.relative_to(root)}`", file=sys.stderr)
+
+
+def _read_issue(path: Path) -> str:
+    most = 1_000_000  # bytes: far above what GitHub takes
+    try:
+        if str(path) == "-":
+            return sys.stdin.buffer.read(most).decode("utf-8")
+        with path.open("rb") as file:
+            return file.read(most).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"`{path}` cannot be read: {error}", "give the issue's text, in UTF-8", exit_code=2) from error
 
 
 @app.command()

@@ -23,9 +23,14 @@ HEADS = {
     Verdict.ADOPTED: ("·", "was here before mergetune, and is not launched"),
 }
 POINTS = 60  # of a chart
+# Mermaid's own first colour of a line cannot be seen on white, and its dark ground is a grey box on GitHub's.
+LOOK = (
+    '%%{init: {"xyChart": {"height": 300}, '
+    '"themeVariables": {"xyChart": {"plotColorPalette": "#2f81f7", "backgroundColor": "transparent"}}}}%%'
+)
 CHECKS_START, CHECKS_END = "<!-- mergetune:checklist -->", "<!-- /mergetune:checklist -->"
 COMMANDS = (
-    ("/plan", "check and plan the experiments of this pull request again; on a merged one, review the new plan"),
+    ("/plan", "check and plan again; on a merged pull request, review the new plan"),
     ("/status", "where the runs of this pull request stand"),
     ("/cancel NAME", "stop every job of an experiment and close its run"),
     ("/retry NAME", "reopen a closed run: it goes on from its last artifact or checkpoint"),
@@ -77,7 +82,7 @@ def run_comment(view: RunView) -> str:
         f"{marker_of(run_key(view.name))} -->",
         f"### {code(view.name)} {view.headline}",
         strip,
-        prose(view.text),
+        prose(view.text.removesuffix(": first attempt")),  # as `attempt 1` says
         f"**What to do:** {prose(view.hint)}" if view.hint else "",
         job,
         f"Run {code(view.run_id)}. {_follows(view)}",
@@ -94,7 +99,7 @@ def result_comment(ending: Ending) -> str:
     parts = [
         f"{marker_of(f'result:{result_id(closed)}')} -->",
         f"## {mark} {code(ending.name)} {words}",
-        f"{people} {prose(closed.text)}".strip(),
+        " · ".join(part for part in (people, prose(closed.text)) if part),
         quote(hypothesis) if hypothesis else "",
         _verdict_of(summary),
         _stages(summary, ending.endpoint),
@@ -127,6 +132,7 @@ def loss_chart(history: Sequence[Mapping[str, Any]]) -> str:
     pad = (high - low) * 0.1 or 0.1
     chart = [
         "```mermaid",
+        LOOK,
         "xychart-beta",
         f'    x-axis "step" {finite[0][0]} --> {finite[-1][0]}',
         f'    y-axis "training loss" {low - pad:.4f} --> {high + pad:.4f}',

@@ -16,9 +16,9 @@ from pipeline.progress import duration
 FINDINGS, FIELDS, VALUE = 25, 40, 120  # shown of each; characters of one value
 SENTENCE = 500  # characters of one message
 ESTIMATES = {
-    "memory_gib": "memory of training",
-    "expected_s": "expected time",
-    "expected_usd": "expected cost",
+    "memory_gib": "memory",
+    "expected_s": "time",
+    "expected_usd": "cost",
     "worst_usd": "at most",
 }
 
@@ -205,7 +205,7 @@ def _moved(changes: Changes) -> str:
     if not changes.estimates:
         return ""
     moved = [words for estimate in changes.estimates if (words := _estimate(estimate))]
-    return f"Now {'; '.join(moved)}." if moved else "No estimate changes."
+    return f"Expected: {', '.join(moved)}." if moved else "No estimate changes."
 
 
 def _field_row(change: FieldChange) -> tuple[str, ...]:
@@ -220,9 +220,9 @@ def _field_row(change: FieldChange) -> tuple[str, ...]:
 
 
 def _estimate(estimate: EstimateChange) -> str:
-    """`at most $8.20 (was $4.40)`, empty when both sides read the same."""
+    """`cost $4.40 → $8.20`, empty when both sides read the same."""
     before, after = _amount(estimate.name, estimate.before), _amount(estimate.name, estimate.after)
-    return "" if before == after else f"{ESTIMATES[estimate.name]} {after} (was {before})"
+    return "" if before == after else f"{ESTIMATES[estimate.name]} {before} → {after}"
 
 
 def _amount(name: str, value: float | None) -> str:

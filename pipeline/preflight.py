@@ -36,6 +36,7 @@ from pipeline.workspace import find_experiments, shown_path
 
 MOST = 20  # experiments of one pull request: each has a comment and a rehearsal of its own
 PINNED = "EXP003"  # the rule about revisions
+TOGETHER = {"EXP005", "EXP006"}  # the rules about an experiment among the others
 PLAN_MARKER = re.compile(r"<!-- mergetune:plan:([a-z0-9-]{1,64})(?: | -->)")
 
 
@@ -234,7 +235,8 @@ def _checked_together(tree: Path) -> dict[str, list[Finding]]:
     """Findings by file, from a check of all experiments: two of them may not write to one place."""
     found: dict[str, list[Finding]] = {}
     for finding in check_files(_experiments(tree), tree, load_settings(tree)).findings:
-        found.setdefault(finding.at.path, []).append(finding)
+        if finding.rule in TOGETHER:
+            found.setdefault(finding.at.path, []).append(finding)
     return found
 
 

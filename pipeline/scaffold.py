@@ -1,4 +1,4 @@
-"""`mergetune init`: a new experiment from an example, its comments kept."""
+"""`mergetune init`: a new experiment from an example, its comments kept, or from an issue. Overwrites nothing."""
 
 import re
 from pathlib import Path
@@ -24,9 +24,18 @@ def write_experiment(root: Path, name: str, example: str) -> Path:
         near = nearest(example, examples)
         hint = f"`mergetune init {name} --from {near}`" if near else f"there are: {', '.join(examples)}"
         raise UserError(f"there is no example `{example}`", hint, exit_code=2)
-    target = root / "experiments" / f"{name}.yaml"
     text = examples[example].read_text(encoding="utf-8").replace("$schema=../_schema.json", "$schema=./_schema.json")
     text = re.sub(r"(?m)^name: .*$", f"name: {name}", text, count=1)
+    return write_new(root, name, text)
+
+
+def write_new(root: Path, name: str, text: str) -> Path:
+    """Write `experiments/<name>.yaml`.
+
+    Raises:
+        UserError: the file is there already, or cannot be written.
+    """
+    target = root / "experiments" / f"{name}.yaml"
     try:
         with target.open("x", encoding="utf-8") as handle:
             handle.write(text)

@@ -7,6 +7,7 @@ import pytest
 
 from pipeline.book import Closed, Verdict
 from pipeline.comments import (
+    LOOK,
     POINTS,
     Ending,
     RunView,
@@ -64,7 +65,7 @@ RESULT = f"""\
 
 ## ✅ `coach` is done
 
-@alice @bob 3 of 3 stages are done
+@alice @bob · 3 of 3 stages are done
 
 > held-out loss falls below 1.2
 
@@ -81,6 +82,7 @@ RESULT = f"""\
 Training loss `█▅▁` 3.000 → 1.000
 
 ```mermaid
+{LOOK}
 xychart-beta
     x-axis "step" 1 --> 3
     y-axis "training loss" 0.8000 --> 3.2000

@@ -85,6 +85,7 @@ LAYERS = {
     "review": 3,
     "workflow_run": 3,
     "setup_recipes": 1,
+    "issue_form": 1,
     "cli": 4,
     "cli_checks": 4,
     "__main__": 4,
