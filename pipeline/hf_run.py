@@ -36,6 +36,7 @@ def run_on_hub(world: World, display: Display) -> Report:
             if report is not None:
                 watcher.look(report)
             world.clock.sleep(POLL_S)
+        watcher.read()
     finally:
         display.close()
     if report.outcome is not Outcome.FINISHED:
@@ -76,7 +77,12 @@ class _Watcher:
     def look(self, report: Report) -> None:
         """Show what is new since the last look."""
         if report.job and report.job != self.job:
+            self.read()  # what the job before this one said last
             self._begin(report)
+        self.read()
+
+    def read(self) -> None:
+        """Show the newest job's events that were not shown yet."""
         if not self.job:
             return
         try:

@@ -15,6 +15,8 @@ from servers.hub_faults import truncate_list
 from pipeline.github import GitHub
 from pipeline.pull_request import Access, ChangedFile, FileStatus, Permission
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -210,8 +212,6 @@ def test_a_second_copy_is_cleared_away(github, client, number):
 PROCESS = """
 import sys
 from pipeline.github import open_github
-
-pytestmark = pytest.mark.slow
 url, number, text = sys.argv[1:]
 print(open_github(url, "ghs_loopback", "acme/models").sticky_comment(int(number), "plan:coach", text))
 """
