@@ -16,6 +16,8 @@ from pipeline.github import GitHub, open_github
 from pipeline.pull_request import GitHubError, Reaction, StatusState
 from scripts.dev.cut_github_openapi import cut
 
+pytestmark = pytest.mark.slow
+
 REPO = "/repos/acme/models"
 # What GitHub does and its description does not list: an answer that a limit, a lock or a missing right gives.
 UNDESCRIBED = {401, 403, 404, 422, 429, 502}

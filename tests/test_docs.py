@@ -24,6 +24,7 @@ def run(command: list[str]) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
+@pytest.mark.slow  # `make lint` asks the same
 def test_generated_files_are_fresh() -> None:
     done = run([sys.executable, "scripts/dev/generate_docs.py", "--check"])
     assert done.returncode == 0, done.stderr

@@ -15,6 +15,8 @@ from pipeline.plan_request import preview_of
 from pipeline.preflight import MOST, review, run_preflight
 from pipeline.pull_request import ChangedFile, FileStatus
 
+pytestmark = pytest.mark.slow
+
 BAD = experiment(**{"flavor: cpu-upgrade": "flavor: nothing-like-it"})
 TEMPLATE = (Path(__file__).resolve().parents[1] / ".github/pull_request_template.md").read_text(encoding="utf-8")
 

@@ -15,6 +15,8 @@ from servers.hub_scene import READ, SCOPED, STRANGER, WRITE, client, populated_h
 
 from pipeline.flavors import FLAVORS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
