@@ -39,7 +39,7 @@ class PlanFormat(StrEnum):
 
 
 class RunFormat(StrEnum):
-    """How `run` prints its result."""
+    """How a verb prints its result."""
 
     TEXT = "text"
     JSON = "json"
@@ -75,8 +75,10 @@ def check(
         case TextFormat.JSON:
             print_json({"files": result.files, "findings": [finding.as_dict() for finding in result.findings]})
         case TextFormat.GITHUB:
+            from pipeline.pull_request import annotation
+
             for finding in result.findings:
-                print(_annotation(finding.as_dict()))
+                print(annotation(finding))
         case TextFormat.TEXT:
             for finding in result.findings:
                 print(f"{finding.as_text()}\n", file=sys.stderr)
@@ -240,17 +242,3 @@ def print_markdown(text: str) -> None:
     from rich.markdown import Markdown
 
     Console().print(Markdown(text))
-
-
-def _annotation(finding: dict[str, Any]) -> str:
-    """One GitHub annotation; its grammar wants `%`, line ends, and in properties `:` and `,` escaped."""
-
-    def data(text: str) -> str:
-        return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
-
-    def prop(text: str) -> str:
-        return data(text).replace(":", "%3A").replace(",", "%2C")
-
-    text = finding["message"] + (f"\nhint: {finding['hint']}" if finding["hint"] else "")
-    where = f"file={prop(finding['path'])},line={max(finding['line'], 1)},col={max(finding['column'], 1)}"
-    return f"::{finding['severity']} {where},title={prop(finding['rule'])}::{data(text)}"

@@ -1,15 +1,14 @@
 """The verbs that workflows call, and `doctor`: preflight, command, dispatched. Parses, calls, prints."""
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.cli_checks import RunFormat, print_json
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,13 +20,6 @@ if TYPE_CHECKING:
 
 Tree = Annotated[Path, typer.Option(help="The proposed tree. It is read, never run.")]
 Base = Annotated[Path, typer.Option(help="The tree to compare with: main's.")]
-
-
-class Format(StrEnum):
-    """How `doctor` prints."""
-
-    TEXT = "text"
-    JSON = "json"
 
 
 def preflight(tree: Tree = Path("proposed"), base_tree: Base = Path()) -> None:
@@ -90,7 +82,7 @@ def dispatched(branch: Annotated[str, typer.Option(help="The branch whose experi
 
 
 def doctor(
-    format: Annotated[Format, typer.Option("--format", help="How to print the result.")] = Format.TEXT,
+    format: Annotated[RunFormat, typer.Option("--format", help="How to print the result.")] = RunFormat.TEXT,
     offline: Annotated[bool, typer.Option("--offline", help="Ask neither GitHub nor the Hub.")] = False,
     repository: Annotated[str | None, typer.Option(help="owner/name; default: of the remote `origin`.")] = None,
 ) -> None:
@@ -106,8 +98,8 @@ def doctor(
     from pipeline.settings import find_root
 
     checks = examine(find_root(Path.cwd()), os.environ, repository, offline=offline)
-    if format is Format.JSON:
-        print(json.dumps([check.as_dict() for check in checks], indent=2, ensure_ascii=False))
+    if format is RunFormat.JSON:
+        print_json([check.as_dict() for check in checks])
     else:
         print(render(checks), end="")
     raise typer.Exit(int(any(check.grade is Grade.BAD for check in checks)))

@@ -1,28 +1,18 @@
 """The verbs about runs on Hugging Face Jobs: reconcile, status, logs, cancel, retry. Parses, calls, prints."""
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from pipeline.cli_checks import RunFormat, print_json
 from pipeline.errors import UserError
-from pipeline.plan import Plan
-
-
-class Format(StrEnum):
-    """How a verb prints its result."""
-
-    TEXT = "text"
-    JSON = "json"
-
 
 Branch = Annotated[str, typer.Option(help="The branch whose experiments count.")]
-Shape = Annotated[Format, typer.Option("--format", help="How to print the result.")]
+Shape = Annotated[RunFormat, typer.Option("--format", help="How to print the result.")]
 Name = Annotated[str, typer.Argument(help="Name of an experiment, or a run id.", show_default=False)]
 MARKS = {"submitted": "▶", "waiting": "◐", "blocked": "!", "finished": "●", "failed": "✗"}
 
@@ -33,7 +23,7 @@ def reconcile(
     github: Annotated[
         bool, typer.Option("--github", help="Say on GitHub what was done; launch only what was reviewed.")
     ] = False,
-    format: Shape = Format.TEXT,
+    format: Shape = RunFormat.TEXT,
 ) -> None:
     """Take the next action about every experiment of main: submit, chain, retry, finish, cancel. One tick.
 
@@ -68,7 +58,7 @@ def reconcile(
 def status(
     name: Annotated[str | None, typer.Argument(help="Name of an experiment.", show_default=False)] = None,
     branch: Branch = "main",
-    format: Shape = Format.TEXT,
+    format: Shape = RunFormat.TEXT,
 ) -> None:
     """Show where every run stands, and what the next tick would do.
 
@@ -143,7 +133,7 @@ def retry(
         print(retry_run(open_world(_root(), branch), name, by))
 
 
-def run_paid(root: Path, path: Path, plan: Plan, *, as_json: bool) -> None:
+def run_paid(root: Path, path: Path, plan: Any, *, as_json: bool) -> None:
     """`run --backend hf_jobs`: submit, watch and chain the stages of one experiment until it ends."""
     from pipeline.hf_run import run_on_hub
     from pipeline.hf_world import open_world_of_one
@@ -157,7 +147,7 @@ def run_paid(root: Path, path: Path, plan: Plan, *, as_json: bool) -> None:
         print(f"not watching any more; its job goes on: `mergetune cancel {plan.experiment.name}`", file=sys.stderr)
         raise typer.Exit(130) from None
     if as_json:
-        print(json.dumps({**report.as_dict(), "repos": plan.repos}, indent=2, ensure_ascii=False))
+        print_json({**report.as_dict(), "repos": plan.repos})
         return
     print(f"{report.run_id}: {report.text}")
     for repo in plan.repos:
@@ -186,9 +176,9 @@ def _root() -> Path:
     return find_root(Path.cwd())
 
 
-def _print_reports(reports: list[Any], format: Format) -> None:
-    if format is Format.JSON:
-        print(json.dumps([report.as_dict() for report in reports], indent=2, ensure_ascii=False))
+def _print_reports(reports: list[Any], format: RunFormat) -> None:
+    if format is RunFormat.JSON:
+        print_json([report.as_dict() for report in reports])
         return
     for report in reports:
         mark = MARKS.get(report.outcome, "·")

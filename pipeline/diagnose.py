@@ -4,13 +4,12 @@ Only what decides whether a retry may pass is told apart here: a new container h
 server's bad minute, never against a fault of the experiment. What is not known is not retried: a retry costs money.
 """
 
-import json
 import re
 from dataclasses import dataclass
 
 from pipeline.errors import redact
+from pipeline.events import parse_event
 
-EVENT_PREFIX = "MERGETUNE "
 LONGEST = 300  # characters of a log line worth showing
 TAIL_LINES = 40  # where a crash tells its cause; a request that was repeated with success stands further up
 # The server's reason (status.message or cancelReason), read before the log.
@@ -73,13 +72,8 @@ def diagnose_message(message: str) -> Diagnosis | None:
 def _error_event(log: str) -> Diagnosis | None:
     """What the job script itself said: it knows best, and marks what a new attempt may pass."""
     for line in log.splitlines():
-        if not line.startswith(EVENT_PREFIX):
-            continue
-        try:
-            event = json.loads(line.removeprefix(EVENT_PREFIX))
-        except ValueError:
-            continue
-        if isinstance(event, dict) and event.get("event") == "error":
+        event = parse_event(line)
+        if event is not None and event["event"] == "error":
             message, hint = str(event.get("message", "")), str(event.get("hint", ""))
             return Diagnosis(_clean(message), _clean(line), event.get("transient") is True, _clean(hint))
     return None

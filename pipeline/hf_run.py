@@ -1,12 +1,11 @@
 """`mergetune run --backend hf_jobs`: tick after tick about one experiment until it ends, showing its jobs' progress."""
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.backends.process import EVENT_PREFIX
 from pipeline.controller import tick
 from pipeline.errors import UserError
+from pipeline.events import parse_event
 from pipeline.hub_facts import Access, HubError
 from pipeline.plan import Plan
 from pipeline.progress import Display, StageState, advance, begin_stage, mark_stage, progress_of
@@ -114,12 +113,6 @@ class _Watcher:
 
 
 def _events(log: str) -> Iterator[dict[str, Any]]:
-    for line in log.splitlines():
-        if not line.startswith(EVENT_PREFIX):
-            continue
-        try:
-            event = json.loads(line.removeprefix(EVENT_PREFIX))
-        except ValueError:
-            continue
-        if isinstance(event, dict) and isinstance(event.get("event"), str) and isinstance(event.get("time"), float):
-            yield event
+    """The events of a log that say when they were: what was shown already is told by that."""
+    parsed = (parse_event(line) for line in log.splitlines())
+    yield from (event for event in parsed if event is not None and isinstance(event.get("time"), float))

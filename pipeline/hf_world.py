@@ -15,6 +15,7 @@ from pipeline.errors import Finding, UserError
 from pipeline.hub import Hub, open_hub
 from pipeline.hub_token import token_shape
 from pipeline.launch import Order
+from pipeline.online import ENDPOINT
 from pipeline.plan import Plan
 from pipeline.reconcile import Limits, Seen, Submit
 from pipeline.remote import Clock
@@ -22,8 +23,6 @@ from pipeline.repository import Repository
 from pipeline.settings import load_settings
 from pipeline.tree import make_order, read_tree, wanted_run
 from pipeline.world import RunBook, Tree, World
-
-ENDPOINT = "https://huggingface.co"
 
 
 @dataclass(frozen=True)

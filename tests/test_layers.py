@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
     "errors": 0,
+    "events": 0,
     "yaml_text": 0,
     "fields": 0,
     "experiment": 0,

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from pipeline.backends.process import EVENT_PREFIX, OnEvent, follow, living_pid, note_pids
+from pipeline.backends.process import OnEvent, follow, living_pid, note_pids
 from pipeline.errors import UserError
+from pipeline.events import EVENT_PREFIX
 from pipeline.facts import Facts
 from pipeline.fields import is_path
 from pipeline.plan import Plan, Stage, StageName

@@ -1,6 +1,5 @@
 """A job script as a child process: start it, read the events in its growing log, stop it. Knows no stage and no run."""
 
-import json
 import os
 import signal
 import subprocess
@@ -9,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-EVENT_PREFIX = "MERGETUNE "
+from pipeline.events import parse_event
+
 PATIENCE_S = 30  # for a stopped script to save its checkpoint before it is killed
 POLL_S = 0.1
 
@@ -85,17 +85,6 @@ class _EventReader:
             event = parse_event(line)
             if event is not None:
                 on_event(event)
-
-
-def parse_event(line: str) -> dict[str, Any] | None:
-    """The event on a log line, or None for any other line."""
-    if not line.startswith(EVENT_PREFIX):
-        return None
-    try:
-        event = json.loads(line.removeprefix(EVENT_PREFIX))
-    except ValueError:
-        return None
-    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
 
 
 def stop_group(process: "subprocess.Popen[Any]", patience_s: float = PATIENCE_S) -> None:

@@ -1,7 +1,7 @@
 """Cut GitHub's API description down to the operations that the loopback GitHub serves. Usage:
 
     npm install --ignore-scripts @octokit/openapi@23.0.2      (in a temporary folder: 390 MB)
-    python scripts/dev/cut_github_openapi.py \\
+    python -m scripts.dev.cut_github_openapi \\
         node_modules/@octokit/openapi/generated/api.github.com.json tests/servers/github_openapi.json.gz
 
 The description is the one GitHub publishes, as that package ships it; prose is left out, shapes and examples stay.
@@ -12,6 +12,8 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from scripts.dev.cut_openapi import components
 
 _ = "/repos/{owner}/{repo}"
 SERVED = {
@@ -48,36 +50,6 @@ SERVED = {
 }
 PROSE = {"description", "summary", "externalDocs", "tags", "x-github"}
 KEPT_WHOLE = {"example", "examples", "default", "enum", "properties"}  # what stands in these is data, or names of data
-
-
-def references(node: Any) -> set[str]:
-    """Every `#/components/...` that the node points to."""
-    if isinstance(node, dict):
-        own = {node["$ref"]} if isinstance(node.get("$ref"), str) else set()
-        return own.union(*(references(value) for value in node.values()))
-    if isinstance(node, list):
-        return set().union(*(references(value) for value in node))
-    return set()
-
-
-def components(full: dict[str, Any], node: Any) -> dict[str, dict[str, Any]]:
-    """The components that the node needs, with those that they need in turn."""
-    wanted, todo = set[str](), references(node)
-    while todo:
-        wanted |= todo
-        todo = set().union(*(references(_find(full, name)) for name in todo)) - wanted
-    kept: dict[str, dict[str, Any]] = {}
-    for name in sorted(wanted):
-        _root, _components, section, key = name.split("/")
-        kept.setdefault(section, {})[key] = _find(full, name)
-    return kept
-
-
-def _find(full: dict[str, Any], name: str) -> Any:
-    node: Any = full
-    for part in name.removeprefix("#/").split("/"):
-        node = node[part]
-    return node
 
 
 def without_prose(node: Any) -> Any:
