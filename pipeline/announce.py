@@ -1,22 +1,14 @@
 """Says on GitHub what a tick found: comments on the merged pull request, a commit status, a summary. Decides no run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pipeline.book import Closed, Verdict
-from pipeline.comments import (
-    Ending,
-    RunView,
-    findings_text,
-    result_comment,
-    result_id,
-    run_comment,
-    run_key,
-    status_table,
-)
+from pipeline.comments import RunView, findings_text, run_comment, run_key, status_table
 from pipeline.controller import tick
 from pipeline.errors import Finding, UserError
 from pipeline.github import GitHub
@@ -24,7 +16,7 @@ from pipeline.hub_facts import HubError
 from pipeline.plan import Plan, StageName
 from pipeline.pull_request import Access, GitHubError, PullRequest, StatusState, ours
 from pipeline.remote import SeenJob, stage_folder
-from pipeline.repository import Repository
+from pipeline.result_comment import Ending, result_comment, result_id, rivals_of
 from pipeline.review import Origin, Origins, make_gate, path_of
 from pipeline.world import Outcome, Report, Wanted, World
 
@@ -72,9 +64,9 @@ class Desk:
             self.notes.append(f"`{about}`: GitHub did not take it ({error.access}): {error.detail}")
 
 
-def open_desk(world: World, github: GitHub, root: Path, branch: str, endpoint: str | None = None) -> Desk:
+def open_desk(world: World, github: GitHub, root: Path, origins: Origins, endpoint: str | None = None) -> Desk:
     """Where the ticks of this checkout speak."""
-    desk = Desk(world, github, Origins(github, Repository(root), branch), root)
+    desk = Desk(world, github, origins, root)
     return replace(desk, endpoint=endpoint.rstrip("/")) if endpoint else desk
 
 
@@ -163,6 +155,10 @@ def _view(report: Report, plan: Plan | None, job: SeenJob | None) -> RunView:
         hint=report.hint,
         job_url=job.url if job else "",
         live=report.outcome in IN_FLIGHT,
+        job=report.live,
+        usd=report.usd,
+        most_usd=next((s.cost.worst_usd for s in plan.stages if s.name is stage), None) if plan else None,
+        learning_rate=plan.experiment.train.learning_rate if plan else None,
     )
 
 
@@ -190,7 +186,8 @@ def _tell_end(desk: Desk, closed: Closed, run: Wanted | None, hint: str) -> None
     if ours(desk.github.comments(pull.number), f"result:{key}", desk.github.login):
         return
     people = _people(desk.github, pull)
-    ending = Ending(name, closed, people, hint, desk.endpoint, _history(desk, plan))
+    rivals = rivals_of(closed, desk.world.book.read_book().closed)
+    ending = Ending(name, closed, people, hint, desk.endpoint, _manifests(desk, plan), rivals)
     desk.github.final_comment(pull.number, key, result_comment(ending))
 
 
@@ -199,15 +196,19 @@ def _people(github: GitHub, pull: PullRequest) -> tuple[str, ...]:
     return tuple(login for login in (pull.author, *github.approvals(pull), pull.merged_by) if login)
 
 
-def _history(desk: Desk, plan: Plan | None) -> tuple[dict[str, float], ...]:
-    """The loss points of the training; a chart is not worth a final comment."""
+def _manifests(desk: Desk, plan: Plan | None) -> dict[StageName, Mapping[str, Any]]:
+    """The manifests of a run's stages; where one cannot be read, the comment has only the numbers of the tag."""
+    found: dict[StageName, Mapping[str, Any]] = {}
     if plan is None:
-        return ()
-    try:
-        view = desk.world.remote.view(plan.repo(StageName.TRAIN), stage_folder(plan.run_id, StageName.TRAIN))
-    except HubError:
-        return ()
-    return tuple((view.manifest or {}).get("history") or ())
+        return found
+    for stage in plan.stages:
+        try:
+            view = desk.world.remote.view(plan.repo(stage.name), stage_folder(plan.run_id, stage.name))
+        except HubError:
+            continue
+        if view.manifest and view.manifest.get("run_id") == plan.run_id:
+            found[stage.name] = view.manifest
+    return found
 
 
 def _plan(run: Wanted | None) -> Plan | None:

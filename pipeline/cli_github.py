@@ -110,15 +110,18 @@ def reconcile_and_tell(root: Path, branch: str) -> "list[Report]":
     from pipeline.announce import open_desk, tick_and_tell
     from pipeline.comments import refusal
     from pipeline.hf_world import open_world
+    from pipeline.repository import Repository
+    from pipeline.review import Origins
 
     run, github = _workflow()
+    origins = Origins(github, Repository(root), branch)
     with github_answers():
         try:
-            world = open_world(root, branch)
+            world = open_world(root, branch, pull_of=origins.number_of)
         except UserError as error:  # such as a secret that is not there: the first thing that a new repository meets
             run.summarise(refusal(error.message, error.hint))
             raise
-        desk = open_desk(world, github, root, branch, os.environ.get("HF_ENDPOINT"))
+        desk = open_desk(world, github, root, origins, os.environ.get("HF_ENDPOINT"))
         reports = tick_and_tell(desk, world.settings.approvals, run.summarise)
         if desk.unsaid:
             raise UserError("GitHub did not take all that there was to say", "the next tick says it: see the summary")

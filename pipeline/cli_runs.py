@@ -184,7 +184,26 @@ def _print_reports(reports: list[Any], format: RunFormat) -> None:
         mark = MARKS.get(report.outcome, "·")
         job = f" ({report.job})" if report.job else ""
         print(f"{mark} {report.run_id}: {report.outcome}: {report.text}{job}")
+        for line in _progress_lines(report):
+            print(f"  {line}")
         if report.hint:
             print(f"  hint: {report.hint}")
     if not reports:
         print("nothing to do: every experiment of this branch is closed")
+
+
+def _progress_lines(report: Any) -> list[str]:
+    """How far a report's job is, its curve, and what the curve says."""
+    if report.live is None or not (report.live.progress.phase or report.live.progress.total):
+        return []
+    from pipeline.curve_notes import notes
+    from pipeline.live import curve
+    from pipeline.loss_chart import loss_lines, read_curve
+    from pipeline.markdown import money
+    from pipeline.progress import status_line
+
+    told = curve(report.live)
+    spent = "" if report.usd is None else f" · {money(report.usd)} so far"
+    lines = loss_lines(read_curve(told["history"]), read_curve(told["eval_history"], "eval_loss")).splitlines()
+    said = [f"note: {note}" for note in notes(report.live)]
+    return [status_line(report.live.progress) + spent, *(line.strip().replace("`", "") for line in lines), *said]

@@ -1,6 +1,6 @@
 """End a run: stop its jobs, write its finish tag. What is closed here is never launched again by itself."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.book import Book, Closed, Verdict, finish_message
 from pipeline.hub_facts import Access, HubError
 from pipeline.launch import cancel_jobs, close_fence
+from pipeline.loss_chart import read_curve, thinned
 from pipeline.plan import Plan, StageName
 from pipeline.reconcile import Seen, spent_usd
 from pipeline.remote import JobState, Remote, SeenJob, StageView, stage_folder
@@ -47,30 +48,46 @@ def finish_tag(
 
 def make_summary(plan: Plan, seen: Seen) -> dict[str, Any]:
     """What the board and a later comparison want to know of a run, the most important first."""
-    experiment = plan.experiment
-    stages = {}
-    for stage in plan.stages:
-        view = seen.views.get(stage.name)
-        if view is None or not view.manifest:
-            continue
-        manifest = view.manifest
-        stages[stage.name.value] = {
-            "repo": plan.repo(stage.name),
-            "revision": view.head,
-            "attempt": manifest.get("attempt"),
-            "duration_s": manifest.get("duration_s"),
-            "predicted": manifest.get("predicted", {}),
-            "metrics": manifest.get("metrics", {}),
-        }
+    experiment, train = plan.experiment, seen.views.get(StageName.TRAIN, StageView()).manifest or {}
+    views = {stage.name: seen.views.get(stage.name, StageView()) for stage in plan.stages}
+    origin = next((p for view in views.values() if isinstance(p := (view.request or {}).get("provenance"), dict)), {})
+    curve = {
+        "loss": thinned(read_curve(train.get("history")), 40),
+        "eval_loss": thinned(read_curve(train.get("eval_history"), "eval_loss"), 20),
+    }
     return {
         "experiment": experiment.name,
-        "stages": stages,
+        "stages": {name.value: _kept(plan, name, view) for name, view in views.items() if view.manifest},
         "base": experiment.base.model,
         "dataset": experiment.data.dataset,
         "flavor": experiment.train.flavor,
+        "method": experiment.train.method.value,
+        "loss_on": experiment.train.loss_on.value,
         "expected_usd": plan.expected_usd,
         "worst_usd": plan.worst_usd,
         "hypothesis": experiment.hypothesis,
+        "commit": origin.get("commit"),
+        "pull_request": origin.get("pull_request"),
+        "curve": {name: points for name, points in curve.items() if points},
+    }
+
+
+def _kept(plan: Plan, stage: StageName, view: StageView) -> dict[str, Any]:
+    """What a finish tag keeps of a manifest: no file lists and no details of checks."""
+    manifest = view.manifest or {}
+    metrics = dict(manifest.get("metrics") or {})
+    if isinstance(quants := metrics.get("quants"), list):
+        kept = ("quant", "file", "bytes", "bits_per_weight", "kl_vs_bf16")
+        short = [{key: quant[key] for key in kept if key in quant} for quant in quants if isinstance(quant, dict)]
+        metrics = {"quants": short}
+    return {
+        "repo": plan.repo(stage),
+        "revision": view.head,
+        "attempt": manifest.get("attempt"),
+        "duration_s": manifest.get("duration_s"),
+        "predicted": manifest.get("predicted", {}),
+        "measured": manifest.get("measured", {}),
+        "metrics": metrics,
     }
 
 
@@ -112,10 +129,23 @@ def look_closely(remote: Remote, plan: Plan, label: str) -> Seen:
         for job_id in named - {None} - jobs.keys():
             if job := remote.inspect(namespace, str(job_id)):
                 jobs[job.id] = job
+    live = [job for job in jobs.values() if job.is_live]
+    if live:
+        return Seen(views, tuple(jobs.values()), live_logs(remote, namespace, live))
     failed = [job for job in jobs.values() if job.state is JobState.FAILED]
     last = max(failed, key=lambda job: (job.attempt, job.created_at), default=None)
-    logs = {last.id: _log(remote, namespace, last.id)} if last and not any(j.is_live for j in jobs.values()) else {}
+    logs = {last.id: _log(remote, namespace, last.id)} if last else {}
     return Seen(views, tuple(jobs.values()), logs)
+
+
+def live_logs(remote: Remote, namespace: str, jobs: Iterable[SeenJob]) -> dict[str, str]:
+    """The logs of the jobs that run. One that is not to be had is left out: nothing is decided without it."""
+    logs: dict[str, str] = {}
+    for job in jobs:
+        if job.state is JobState.RUNNING:
+            with suppress(HubError):
+                logs[job.id] = remote.log(namespace, job.id)
+    return logs
 
 
 def _log(remote: Remote, namespace: str, job_id: str) -> str:

@@ -1,33 +1,22 @@
-"""The texts of everything that is said on a pull request, less the plan comment. Posts nothing."""
+"""The texts that follow a run on a pull request, and the answers to commands. Posts nothing.
 
-import math
+The plan and the results have files of their own: `plan_comment.py`, `result_comment.py`.
+"""
+
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from pipeline.book import Closed, Verdict
-from pipeline.charts import sparkline
-from pipeline.markdown import code, defang, details, fence, money, prose, quote, table
+from pipeline.curve_notes import notes
+from pipeline.live import Live, curve
+from pipeline.loss_chart import loss_lines, read_curve
+from pipeline.markdown import code, defang, money, percent, prose, table
 from pipeline.plan import StageName
 from pipeline.progress import duration
 from pipeline.pull_request import marker_of
 
 LOGIN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,38})")
 STRIP = {"done": "●", "now": "◐", "next": "○", "failed": "✗"}
-HEADS = {
-    Verdict.DONE: ("✅", "is done"),
-    Verdict.FAILED: ("❌", "failed"),
-    Verdict.CANCELLED: ("⛔", "was cancelled"),
-    Verdict.SUPERSEDED: ("⛔", "was stopped for a newer version"),
-    Verdict.ADOPTED: ("·", "was here before mergetune, and is not launched"),
-}
-POINTS = 60  # of a chart
-# Mermaid's own first colour of a line cannot be seen on white, and its dark ground is a grey box on GitHub's.
-LOOK = (
-    '%%{init: {"xyChart": {"height": 300}, '
-    '"themeVariables": {"xyChart": {"plotColorPalette": "#2f81f7", "backgroundColor": "transparent"}}}}%%'
-)
 CHECKS_START, CHECKS_END = "<!-- mergetune:checklist -->", "<!-- /mergetune:checklist -->"
 COMMANDS = (
     ("/plan", "check and plan again; on a merged pull request, review the new plan"),
@@ -40,7 +29,10 @@ COMMANDS = (
 
 @dataclass(frozen=True)
 class RunView:
-    """Where one run stands. `stages` are those of its plan with a word of `STRIP` each; `live`: it is not over."""
+    """Where one run stands. `stages` are those of its plan with a word of `STRIP` each; `live`: it is not over.
+
+    `job` is what the log of its job says, `usd` what that job has cost so far and `most_usd` may cost.
+    """
 
     name: str
     run_id: str
@@ -50,18 +42,10 @@ class RunView:
     hint: str = ""
     job_url: str = ""
     live: bool = True
-
-
-@dataclass(frozen=True)
-class Ending:
-    """A finished round and who is told. `history` are the loss points of the training, `hint` a way on."""
-
-    name: str
-    closed: Closed
-    people: tuple[str, ...] = ()
-    hint: str = ""
-    endpoint: str = "https://huggingface.co"
-    history: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
+    job: Live | None = None
+    usd: float | None = None
+    most_usd: float | None = None
+    learning_rate: float | None = None
 
 
 def run_key(name: str) -> str:
@@ -69,47 +53,47 @@ def run_key(name: str) -> str:
     return f"run:{name}"
 
 
-def result_id(closed: Closed) -> str:
-    """The id under which a round's final comment is posted once: a retried run ends once more."""
-    return closed.run_id if closed.round == 1 else f"{closed.run_id}.{closed.round}"
-
-
 def run_comment(view: RunView) -> str:
-    """The comment that is edited while a run goes on. Without times: it changes when the run does."""
+    """The comment that is edited while a run goes on. It names no moment: it changes when the run does."""
     strip = " → ".join(f"{STRIP[word]} {stage}" for stage, word in view.stages)
-    job = f"[log and machine of the job]({view.job_url})" if re.fullmatch(r"https?://[^\s()<>]+", view.job_url) else ""
+    link = f"[log and machine of the job]({view.job_url})" if re.fullmatch(r"https?://[^\s()<>]+", view.job_url) else ""
     parts = [
         f"{marker_of(run_key(view.name))} -->",
         f"### {code(view.name)} {view.headline}",
         strip,
         prose(view.text.removesuffix(": first attempt")),  # as `attempt 1` says
+        *_progress(view),
         f"**What to do:** {prose(view.hint)}" if view.hint else "",
-        job,
+        link,
         f"Run {code(view.run_id)}. {_follows(view)}",
     ]
-    return _joined(parts)
+    return joined(parts)
 
 
-def result_comment(ending: Ending) -> str:
-    """The comment that is new when a run ends, since an edit notifies nobody."""
-    closed, summary = ending.closed, ending.closed.summary
-    mark, words = HEADS[closed.verdict]
-    people = " ".join(f"@{login}" for login in dict.fromkeys(ending.people) if LOGIN.fullmatch(login))
-    hypothesis = str(summary.get("hypothesis") or "")
-    parts = [
-        f"{marker_of(f'result:{result_id(closed)}')} -->",
-        f"## {mark} {code(ending.name)} {words}",
-        " · ".join(part for part in (people, prose(closed.text)) if part),
-        quote(hypothesis) if hypothesis else "",
-        _verdict_of(summary),
-        _stages(summary, ending.endpoint),
-        _cost(closed),
-        loss_chart(ending.history),
-        _metrics(summary),
-        f"**What to do:** {prose(ending.hint)}" if ending.hint else "",
-        _next(ending),
-    ]
-    return _joined(parts)
+def _progress(view: RunView) -> list[str]:
+    """How far the job is, its curve, and what the curve says in words."""
+    if view.job is None:
+        return []
+    progress, facts = view.job.progress, []
+    if progress.total:
+        done = f"{progress.done:,} of {progress.total:,}"
+        facts.append(f"{defang(progress.unit)} {done} ({percent(progress.done, progress.total)})".strip())
+    elif progress.phase:
+        facts.append(f"phase {code(progress.phase)}")
+    if len(view.job.held_out) == 1:  # two are a curve
+        facts.append(f"held-out loss {view.job.held_out[0][1]:.3f}")
+    if progress.tokens_per_s:
+        facts.append(f"{progress.tokens_per_s:,.0f} tokens/s")
+    if progress.eta_s is not None:
+        facts.append(f"~{duration(progress.eta_s)} left")
+    if view.usd is not None:
+        most = f" of at most {money(view.most_usd)}" if view.most_usd is not None else ""
+        facts.append(f"this job so far {money(view.usd)}{most}")
+    told = curve(view.job)
+    lines = loss_lines(read_curve(told["history"]), read_curve(told["eval_history"], "eval_loss"))
+    said = [f"> [!NOTE]\n> {prose(note)}" for note in notes(view.job, view.learning_rate)[:1]]
+    warned = [f"⚠ {defang(text[:300])}" for text in view.job.warnings[-1:]]
+    return [" · ".join(facts), lines, *said, *warned]
 
 
 def _follows(view: RunView) -> str:
@@ -118,34 +102,10 @@ def _follows(view: RunView) -> str:
     return "It is over: how it ended is said in a comment of its own."
 
 
-def loss_chart(history: Sequence[Mapping[str, Any]]) -> str:
-    """A sparkline and, for those who see it drawn, the same as Mermaid; empty for fewer than two points."""
-    points = [(int(point["step"]), float(point["loss"])) for point in history if {"step", "loss"} <= point.keys()]
-    finite = [(step, loss) for step, loss in points if math.isfinite(loss)]
-    if len(finite) < 2:
-        return ""
-    losses = [loss for _, loss in finite]
-    line = f"Training loss `{sparkline(losses)}` {losses[0]:.3f} → {losses[-1]:.3f}"
-    every = math.ceil(len(finite) / POINTS)
-    drawn = [sum(losses[at : at + every]) / len(losses[at : at + every]) for at in range(0, len(losses), every)]
-    low, high = min(drawn), max(drawn)
-    pad = (high - low) * 0.1 or 0.1
-    chart = [
-        "```mermaid",
-        LOOK,
-        "xychart-beta",
-        f'    x-axis "step" {finite[0][0]} --> {finite[-1][0]}',
-        f'    y-axis "training loss" {low - pad:.4f} --> {high + pad:.4f}',
-        f"    line [{', '.join(f'{value:.4f}' for value in drawn)}]",
-        "```",
-    ]
-    return line + "\n\n" + "\n".join(chart)
-
-
 def left_comment(name: str) -> str:
     """The plan comment of an experiment that the pull request no longer changes: nothing is approved by it."""
     key = f"{marker_of(f'plan:{name}')} fingerprint=none plan=none -->"
-    return _joined([key, f"### {code(name)} is no longer part of this pull request"])
+    return joined([key, f"### {code(name)} is no longer part of this pull request"])
 
 
 def answer_key(comment_id: int) -> str:
@@ -155,12 +115,12 @@ def answer_key(comment_id: int) -> str:
 
 def answer_comment(comment_id: int, login: str, command: str, text: str) -> str:
     """The answer to a command; `text` is Markdown already. It mentions nobody: who asked is looking."""
-    return _joined([f"{marker_of(answer_key(comment_id))} -->", f"{code(command)} by {code(login)}", text])
+    return joined([f"{marker_of(answer_key(comment_id))} -->", f"{code(command)} by {code(login)}", text])
 
 
 def refusal(message: str, hint: str) -> str:
     """Why a command was not carried out, and what to do."""
-    return _joined([f"❌ {prose(message)}", f"**What to do:** {prose(hint)}" if hint else ""]).strip()
+    return joined([f"❌ {prose(message)}", f"**What to do:** {prose(hint)}" if hint else ""]).strip()
 
 
 def help_text(unknown: str = "") -> str:
@@ -196,76 +156,6 @@ def tick_boxes(body: str, answers: Sequence[bool]) -> str:
     return body[:start] + inside + body[end:]
 
 
-def _verdict_of(summary: Mapping[str, Any]) -> str:
-    """Held-out loss before and after, where it was measured."""
-    metrics = _of_stage(summary, "evaluate").get("metrics") or {}
-    change, before, after = metrics.get("loss_change_percent"), metrics.get("before"), metrics.get("after")
-    if not isinstance(change, int | float) or not isinstance(before, Mapping) or not isinstance(after, Mapping):
-        return ""
-    word = "fell" if change < 0 else "rose"
-    head = f"**Held-out loss {word} by {abs(change):.1f} %**"
-    if not all(isinstance(part.get("loss"), int | float) for part in (before, after)):
-        return head
-    return f"{head}, from {before['loss']:.3f} to {after['loss']:.3f}"
-
-
-def _stages(summary: Mapping[str, Any], endpoint: str) -> str:
-    rows = []
-    for name in StageName:
-        stage = _of_stage(summary, name)
-        if stage:
-            took = stage.get("duration_s")
-            shown = duration(took) if isinstance(took, int | float) else "–"
-            rows.append(
-                (name.value, shown, _link(str(stage.get("repo", "")), str(stage.get("revision", "")), endpoint))
-            )
-    return table(("stage", "took", "made"), rows, "lrl") if rows else ""
-
-
-def _link(repo: str, revision: str, endpoint: str) -> str:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        return code(repo)
-    at = f"/tree/{revision}" if re.fullmatch(r"[0-9a-f]{7,64}", revision) else ""
-    return f"[{code(repo)}]({endpoint}/{repo}{at})"
-
-
-def _cost(closed: Closed) -> str:
-    parts = [f"**Cost** {money(closed.usd)}"]
-    expected, worst = closed.summary.get("expected_usd"), closed.summary.get("worst_usd")
-    if isinstance(expected, int | float):
-        parts.append(f"{money(expected)} was expected")
-    if isinstance(worst, int | float):
-        parts.append(f"at most {money(worst)} was approved")
-    return ", ".join(parts) if closed.attempts else ""
-
-
-def _metrics(summary: Mapping[str, Any]) -> str:
-    rows = []
-    for name in StageName:
-        for key, value in (_of_stage(summary, name).get("metrics") or {}).items():
-            if isinstance(value, int | float | str) and not isinstance(value, bool):
-                shown = (
-                    f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
-                )
-                rows.append((name.value, code(str(key)), code(str(shown))))
-    return details("Every metric", table(("stage", "metric", "value"), rows, "llr")) if rows else ""
-
-
-def _of_stage(summary: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    stages = summary.get("stages")
-    found = stages.get(name) if isinstance(stages, Mapping) else None
-    return found if isinstance(found, Mapping) else {}
-
-
-def _next(ending: Ending) -> str:
-    closed = ending.closed
-    if closed.verdict in (Verdict.FAILED, Verdict.CANCELLED) and ending.name:
-        return f"Comment `/retry {ending.name}` to go on from the last artifact or checkpoint."
-    gguf = str(_of_stage(closed.summary, "gguf").get("repo", ""))
-    if closed.verdict is Verdict.DONE and re.fullmatch(r"[\w.-]+/[\w.-]+", gguf):
-        return "Use it:\n\n" + fence(f"llama-server -hf {gguf}", "sh")
-    return ""
-
-
-def _joined(parts: Sequence[str]) -> str:
+def joined(parts: Sequence[str]) -> str:
+    """The parts that are there, as paragraphs."""
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -14,12 +14,12 @@ from hashlib import sha256
 from typing import Any
 
 from pipeline.book import SINCE, Book, Verdict, since_message
-from pipeline.closing import close_run, end_run, finish_tag, look_closely, shut_late_jobs_out, tag_run
+from pipeline.closing import close_run, end_run, finish_tag, live_logs, look_closely, shut_late_jobs_out, tag_run
 from pipeline.errors import UserError
 from pipeline.hub_facts import Access, HubError
 from pipeline.launch import Elsewhere, Submitted, Unanswered, submit_stage
 from pipeline.plan import Plan, StageName
-from pipeline.reconcile import Finish, GiveUp, Seen, Submit, Wait, decide
+from pipeline.reconcile import Finish, GiveUp, Seen, Submit, Wait, decide, so_far_usd
 from pipeline.remote import SeenJob
 from pipeline.world import Outcome, Report, Wanted, World
 
@@ -97,12 +97,14 @@ def _later(run: Wanted) -> Report:
 
 
 def _look(world: World, run: Wanted, live: tuple[SeenJob, ...], refused: HubError | None) -> _Look | Report:
-    """What there is to know of an open run, or why it is not known. A live job says enough: nothing else is asked."""
+    """What there is to know of an open run, or why it is not known. A live job says enough: only its log is read."""
     try:
         if refused:
             raise refused
         plan, at = run.plan(), world.clock.now()
-        return _Look(run, plan, Seen(jobs=live) if live else look_closely(world.remote, plan, world.label), at)
+        if not live:
+            return _Look(run, plan, look_closely(world.remote, plan, world.label), at)
+        return _Look(run, plan, Seen(jobs=live, logs=live_logs(world.remote, run.namespace, live)), at)
     except UserError as error:
         return Report(run.name, run.run_id, Outcome.BLOCKED, error.message, error.hint)
     except HubError as error:
@@ -174,7 +176,9 @@ def _carry_out(world: World, book: Book, look: _Look, allowance: _Allowance, dry
             job = next((job for job in seen.jobs if job.is_live), None)
             if job is None:
                 return _report(look, Outcome.WAITING, why)
-            return _report(look, Outcome.WAITING, why, stage=job.stage, job=job.id)
+            live = seen.live(job)
+            usd = so_far_usd(job, live, look.at)
+            return _report(look, Outcome.WAITING, why, stage=job.stage, job=job.id, live=live, usd=usd)
         case Submit():
             return _submit(world, look, action, allowance, dry_run)
         case GiveUp(stage, why, hint, cancelled):

@@ -24,6 +24,8 @@ from pipeline.settings import load_settings
 from pipeline.tree import make_order, read_tree, wanted_run
 from pipeline.world import RunBook, Tree, World
 
+PullOf = Callable[[Plan], int | None]
+
 
 @dataclass(frozen=True)
 class SystemClock:
@@ -57,8 +59,10 @@ class UnwrittenBook:
         """Nothing, either."""
 
 
-def open_world(root: Path, branch: str, clock: Clock | None = None) -> World:
+def open_world(root: Path, branch: str, clock: Clock | None = None, pull_of: PullOf = lambda plan: None) -> World:
     """Everything a tick over main needs; by this machine's clock unless another is given.
+
+    `pull_of` gives the number of the pull request that brought an experiment, where somebody can be asked.
 
     Raises:
         UserError: no token that can be one, or a checkout that is not the head of `branch`.
@@ -68,7 +72,7 @@ def open_world(root: Path, branch: str, clock: Clock | None = None) -> World:
     if not repository.is_clean_main(branch):
         hint = f"`git switch {branch} && git pull`: a tick from an old commit would take newer runs for unwanted ones"
         raise UserError(f"this checkout is not the head of `{branch}`, so nothing was done", hint)
-    return _world(root, repository, repository, read_tree(root, repository.head_commit()), clock)
+    return _world(root, repository, repository, read_tree(root, repository.head_commit()), clock, pull_of)
 
 
 def open_world_of_one(root: Path, path: Path, clock: Clock | None = None) -> World:
@@ -98,7 +102,14 @@ def open_account(clock: Clock) -> tuple[Hub, str]:
     return open_hub(os.environ.get("HF_ENDPOINT") or ENDPOINT, token, sleep=clock.sleep), token
 
 
-def _world(root: Path, repository: Repository, book: RunBook, tree: Tree, clock: Clock | None) -> World:
+def _world(
+    root: Path,
+    repository: Repository,
+    book: RunBook,
+    tree: Tree,
+    clock: Clock | None,
+    pull_of: PullOf = lambda plan: None,
+) -> World:
     settings = load_settings(root)
     clock = clock or SystemClock()
     hub, token = open_account(clock)
@@ -106,7 +117,7 @@ def _world(root: Path, repository: Repository, book: RunBook, tree: Tree, clock:
     label = repository.label()
     account = hub.token_facts().user
     namespaces = frozenset(settings.namespaces) | ({account} if account else set())
-    provenance: Callable[[Plan], dict[str, object]] = partial(_provenance, repository, tree)
+    provenance: Callable[[Plan], dict[str, object]] = partial(_provenance, repository, tree, pull_of)
 
     def order(plan: Plan, submit: Submit, seen: Seen, attempt: int) -> Order:
         return make_order(root, remote, label, provenance(plan), plan, submit, seen)
@@ -115,13 +126,16 @@ def _world(root: Path, repository: Repository, book: RunBook, tree: Tree, clock:
         path = next(run.path for run in tree.wanted if run.run_id == plan.run_id)
         return preflight(path or Path(), root, settings, hub, datetime.fromtimestamp(clock.now(), UTC))
 
-    limits = Limits(attempts=settings.attempts)
+    stops, idle_s = settings.early_stop, 60 * settings.idle_minutes
+    limits = Limits(attempts=settings.attempts, early_stop=stops, idle_s=idle_s)
     return World(remote, book, clock, settings, tree, label, check, order, limits, namespaces)
 
 
-def _provenance(repository: Repository, tree: Tree, plan: Plan) -> dict[str, object]:
+def _provenance(repository: Repository, tree: Tree, pull_of: PullOf, plan: Plan) -> dict[str, object]:
     """Where an artifact comes from: for its card and its manifest."""
     path = next(run.path for run in tree.wanted if run.run_id == plan.run_id)
     shown = path.relative_to(repository.root).as_posix() if path else ""
     commit = repository.introduced_by(shown) or tree.commit
-    return {"repository": repository.web_address(), "commit": commit, "path": shown}
+    number = pull_of(plan)
+    known = {"pull_request": number} if number else {}
+    return {"repository": repository.web_address(), "commit": commit, "path": shown, **known}

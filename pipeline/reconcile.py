@@ -6,6 +6,7 @@ The states, from the last artifact that exists with this run's id:
 |---------------------------------------------------------------|-------------------------------------------------|
 | every end product is there                                    | Finish                                          |
 | a job of the run is queued or running                         | Wait                                            |
+| the same, and its log proves that it only wastes money        | GiveUp, if `early_stop` names that proof        |
 | no trace in this round                                        | Submit the next attempt                         |
 | a claim without a job, younger than its lease                 | Wait: it is in flight elsewhere                 |
 | the same, older                                               | Submit the same attempt, until the posts are up |
@@ -27,10 +28,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pipeline.cost import billed_usd
+from pipeline.curve_notes import find_waste
 from pipeline.diagnose import Diagnosis, diagnose, diagnose_message
 from pipeline.flavors import FLAVORS
+from pipeline.live import Live, read_live
 from pipeline.plan import Plan, Stage, StageName
 from pipeline.remote import NOBODY, JobState, SeenJob, StageView, Winner
+from pipeline.settings import Stop
 
 GONE = "the job is not known to the server any more"
 CENT = 0.01
@@ -38,18 +42,23 @@ CENT = 0.01
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds in seconds and counts. `lease_s` must exceed what a submit takes plus the lag of the job listing."""
+    """Bounds in seconds and counts. `lease_s` must exceed what a submit takes plus the lag of the job listing.
+
+    `early_stop` are the proofs of waste that end a job, `idle_s` how long its GPU may do nothing.
+    """
 
     attempts: int = 3
     posts: int = 3
     lease_s: float = 900
     lag_s: float = 600
     queue_patience_s: float = 24 * 3600
+    early_stop: tuple[Stop, ...] = (Stop.NAN,)
+    idle_s: float = 1800
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One look at a run: each stage's repository, every job with its label, and the log of jobs that failed."""
+    """One look at a run: each stage's repository, every job with its label, and the log of jobs that run or failed."""
 
     views: Mapping[StageName, StageView] = field(default_factory=dict)
     jobs: tuple[SeenJob, ...] = ()
@@ -62,6 +71,11 @@ class Seen:
             for stage, view in self.views.items()
             if view.manifest and (view.manifest.get("run_id"), view.manifest.get("stage")) == (plan.run_id, stage)
         }
+
+    def live(self, job: SeenJob) -> Live | None:
+        """What a job's log says so far; None when it was not to be had."""
+        log = self.logs.get(job.id)
+        return None if log is None else read_live(job.stage, log)
 
 
 @dataclass(frozen=True)
@@ -106,7 +120,7 @@ def decide(
     if not pending:
         return Finish()
     if live := [job for job in seen.jobs if job.is_live]:
-        return _about_live(live[0], now, limits)
+        return _about_live(plan, live[0], seen.live(live[0]), now, limits)
     action = _about_stage(plan, pending[0], seen, now, limits, (closed_attempts or {}).get(pending[0].name, 0))
     return _within_budget(plan, action, pending, seen) if isinstance(action, Submit) else action
 
@@ -114,6 +128,14 @@ def decide(
 def spent_usd(jobs: tuple[SeenJob, ...]) -> float:
     """What these jobs have cost so far: whole minutes begun, at their flavor's price."""
     return sum(billed_usd(job.running_s, FLAVORS[job.flavor]) for job in jobs if job.flavor in FLAVORS)
+
+
+def so_far_usd(job: SeenJob, live: Live | None, now: float) -> float | None:
+    """What a job that runs has cost until `now`; a server may tell its seconds only at the end, its log has them."""
+    if job.flavor not in FLAVORS or job.state is not JobState.RUNNING:
+        return None
+    logged_s = now - live.since if live and live.since else 0.0
+    return billed_usd(max(job.running_s, logged_s, 0.0), FLAVORS[job.flavor])
 
 
 def _about_stage(plan: Plan, stage: Stage, seen: Seen, now: float, limits: Limits, closed: int) -> Action:
@@ -165,10 +187,13 @@ def _filled(hint: str, plan: Plan, stage: Stage) -> str:
     return hint
 
 
-def _about_live(job: SeenJob, now: float, limits: Limits) -> Action:
+def _about_live(plan: Plan, job: SeenJob, live: Live | None, now: float, limits: Limits) -> Action:
     if job.state is JobState.QUEUED and now - job.created_at > limits.queue_patience_s:
         hours = limits.queue_patience_s / 3600
         return GiveUp(job.stage, f"no machine came in {hours:.0f} h", f"another flavor than `{job.flavor}` may be free")
+    waste = live and find_waste(live, now, limits.idle_s, plan.experiment.train.learning_rate)
+    if waste and waste.kind in limits.early_stop:
+        return GiveUp(job.stage, f"stopped early: {waste.why}", waste.hint)
     return Wait(f"{job.stage} is {job.state}")
 
 

@@ -8,7 +8,7 @@ from pipeline.errors import Finding, Place, Severity
 from pipeline.github import GitHub
 from pipeline.plan import Plan, in_repo_paths
 from pipeline.plan_changes import plan_hash
-from pipeline.pull_request import PullRequest, ours
+from pipeline.pull_request import GitHubError, PullRequest, ours
 from pipeline.repository import Repository
 
 RULE = "REV001"
@@ -41,6 +41,14 @@ class Origins:
         found = [self._origin(path) for path in paths]
         merged = [origin for origin in found if origin.pull]
         return max(merged, key=lambda origin: origin.pull.merged_at or "" if origin.pull else "", default=found[0])
+
+    def number_of(self, plan: Plan) -> int | None:
+        """The pull request that brought an experiment, None also where GitHub does not say: it is only a label."""
+        try:
+            pull = self.of_plan(plan).pull
+        except GitHubError:
+            return None
+        return pull.number if pull else None
 
     def _origin(self, path: str) -> Origin:
         if path not in self.known:

@@ -29,6 +29,8 @@ def make_run_json(
         "duration_s": stage.cost.expected_s,
         "usd": stage.cost.expected_usd,
         "memory_gib": stage.memory and stage.memory.total,
+        "allocated_gib": stage.memory and stage.memory.allocated,  # what the script measures on a GPU
+        "gpu": bool(stage.flavor.gpus),
     }
     return {
         "schema": RUN_SCHEMA,

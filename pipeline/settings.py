@@ -1,12 +1,22 @@
 """`[tool.mergetune]` of pyproject.toml: what this repository allows, whatever an experiment says."""
 
 import tomllib
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import Place, UserError
+
+
+class Stop(StrEnum):
+    """Why a job may be stopped before its end: the words of `early_stop`."""
+
+    NAN = "nan"
+    EXPLODING = "exploding"
+    MASKED = "masked"
+    IDLE = "idle"
 
 
 class Settings(BaseModel):
@@ -27,6 +37,13 @@ class Settings(BaseModel):
     attempts: Annotated[int, Field(ge=1, le=10)] = Field(
         3, description="Attempts at a stage, when what failed was not the experiment."
     )
+    early_stop: tuple[Stop, ...] = Field(
+        (Stop.NAN,),
+        description="What ends a running job before its timeout: `nan` (loss or gradients are no numbers), `exploding` "
+        "(gradients 100 times the usual, and the loss worse for it), `masked` (loss and gradient exactly 0: no token "
+        "carries loss), `idle` (the GPU does nothing for `idle_minutes`).",
+    )
+    idle_minutes: Annotated[float, Field(ge=10)] = Field(30, description="How long `idle` lets a GPU do nothing.")
 
 
 def find_root(start: Path) -> Path:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from pipeline.book import Book
 from pipeline.errors import Finding
 from pipeline.launch import Order
+from pipeline.live import Live
 from pipeline.plan import Plan, StageName
 from pipeline.reconcile import Limits, Seen, Submit
 from pipeline.remote import Clock, Remote
@@ -30,7 +31,8 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class Report:
-    """One run's line of a tick. `job` is the one submitted or waited for."""
+    """One run's line of a tick. `job` is the one submitted or waited for, `live` what its log says, `usd` what it
+    has cost so far."""
 
     experiment: str
     run_id: str
@@ -39,10 +41,13 @@ class Report:
     hint: str = ""
     stage: StageName | None = None
     job: str = ""
+    live: Live | None = None
+    usd: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {key: value for key, value in vars(self).items() if value not in ("", None)}
+        said = {key: value for key, value in vars(self).items() if key != "live" and value not in ("", None)}
+        return {**said, "progress": self.live.as_dict()} if self.live and self.live.as_dict() else said
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from pipeline.controller import tick
 from pipeline.plan import Plan
 from pipeline.preflight import run_preflight
 from pipeline.reconcile import Seen, Submit
+from pipeline.repository import Repository
+from pipeline.review import Origins
 from pipeline.run_verbs import cancel_run
 from pipeline.settings import Settings
 from pipeline.tree import make_order, read_tree
@@ -74,7 +76,8 @@ class Life:
         world = World(
             remote, SimBook(remote), remote.clock, Settings(), tree, LABEL, lambda plan: (), order, namespaces=ACME
         )
-        return open_desk(world, client(self.github), clone, "main")
+        github = client(self.github)
+        return open_desk(world, github, clone, Origins(github, Repository(clone), "main"))
 
     def tick(self) -> list[Report]:
         def hear(text: str) -> None:

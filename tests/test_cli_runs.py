@@ -53,7 +53,11 @@ def test_status_before_during_and_after(story: Story) -> None:
     shown = story.call("status", "tiny")
     assert (shown.returncode, shown.stderr) == (0, "")
     load = r"train is running \(memory \d+\.\d of \d+ GiB\)"  # of one run, what its machine does
-    assert re.fullmatch(rf"◐ {run_id(story)}: waiting: {load} \({job.id}\)\n", shown.stdout)
+    first, progress = shown.stdout.splitlines()
+    assert re.fullmatch(rf"◐ {run_id(story)}: waiting: {load} \({job.id}\)", first)
+    assert re.fullmatch(r"  train: train · step 1/2 · loss 2\.500 · \$0\.\d+ so far", progress)
+    (told,) = json.loads(story.call("status", "--format", "json").stdout)
+    assert {"done": 1, "total": 2, "loss": 2.5}.items() <= told["progress"].items()
     (report,) = json.loads(story.call("status", run_id(story), "--format", "json").stdout)
     assert re.fullmatch(load, report.pop("text"))
     assert report == {

@@ -1,139 +1,130 @@
-"""The comments as people read them: whole texts, and text from outside that must not act in them."""
+"""The comments that follow a run, as full texts in every state, and text from outside that must not act in them.
 
+`python tests/test_comments.py` writes the texts anew, after a change that is meant.
+"""
+
+import json
 import re
-from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
-from pipeline.book import Closed, Verdict
 from pipeline.comments import (
-    LOOK,
-    POINTS,
-    Ending,
     RunView,
     answer_comment,
+    findings_text,
     help_text,
-    loss_chart,
+    left_comment,
     refusal,
-    result_comment,
-    result_id,
     run_comment,
     status_table,
     tick_boxes,
 )
+from pipeline.live import read_live
 from pipeline.plan import StageName
-from pipeline.pull_request import carries
 
-SUMMARY = {
-    "experiment": "coach",
-    "hypothesis": "held-out loss falls below 1.2",
-    "expected_usd": 0.5,
-    "worst_usd": 1,
-    "stages": {
-        "train": {
-            "repo": "acme/coach-adapter",
-            "revision": "a" * 40,
-            "duration_s": 500,
-            "metrics": {"steps": 6, "tokens_per_s": 12.345},
-        },
-        "gguf": {"repo": "acme/coach-GGUF", "revision": "b" * 40, "duration_s": 50, "metrics": {}},
-        "evaluate": {
-            "repo": "acme/coach",
-            "revision": "c" * 40,
-            "metrics": {"before": {"loss": 2.0}, "after": {"loss": 1.0}, "loss_change_percent": -50.0},
-        },
-    },
+GOLDEN = Path(__file__).parent / "golden"
+TRAIN, MERGE, GGUF, EVALUATE = StageName
+URL = "https://huggingface.co/jobs/acme/1"
+
+
+def log(*events: tuple[str, dict]) -> str:
+    return "\n".join("MERGETUNE " + json.dumps({"event": kind, **fields}) for kind, fields in events)
+
+
+def steps(*losses: float, total: int = 600) -> list[tuple[str, dict]]:
+    """A step every ten seconds, ten steps apart."""
+    return [
+        ("step", {"step": 10 * n, "total": total, "loss": loss, "tokens_per_s": 3412.6, "time": 1000.0 + 10 * n})
+        for n, loss in enumerate(losses, 1)
+    ]
+
+
+FALLING = [2.31 * 0.97**n + 0.5 for n in range(20)]
+RISING = [*FALLING, *(FALLING[-1] * 1.05**n for n in range(12))]
+
+
+def view(headline: str, strip: str, text: str, **more: object) -> RunView:
+    stages = tuple(zip(StageName, strip.split(), strict=True))
+    return RunView("coach", "coach-1a2b3c4d", headline, stages, text, **{"job_url": URL, **more})
+
+
+def under_way(stage: StageName, strip: str, *events: tuple[str, dict], **more: object) -> RunView:
+    live = read_live(stage, log(*events))
+    return view("is under way", strip, f"{stage} is running", job=live, most_usd=6.0, **more)
+
+
+BROKEN = [("eval", {"step": 100, "eval_loss": 1.9}), ("warning", {"message": "12 rows are cut @all <b>"})]
+VIEWS = {
+    "submitted": view("is under way", "now next next next", "train, attempt 1 on a10g-large: first attempt"),
+    "queued": view("is under way", "now next next next", "train is queued"),
+    "loading": under_way(TRAIN, "now next next next", ("phase", {"name": "load base", "time": 1000.0}), usd=0.05),
+    "training": under_way(
+        TRAIN, "now next next next", *steps(*FALLING), ("eval", {"step": 200, "eval_loss": 1.712}), usd=0.43
+    ),
+    "training-badly": under_way(TRAIN, "now next next next", *steps(*RISING), *BROKEN, usd=0.9, learning_rate=2e-4),
+    "retried": view("is under way", "now next next next", "train, attempt 2 on a10g-large: the machine was lost"),
+    "converting": under_way(
+        GGUF,
+        "done done now next",
+        ("phase", {"name": "quantize Q4_K_M", "time": 1000.0}),
+        ("progress", {"done": 120, "total": 480, "unit": "tensors", "time": 1010.0}),
+        usd=0.0,
+    ),
+    "blocked": view(
+        "is blocked",
+        "next next next next",
+        "needs review: #12 has 0 of 1 approvals of `0123456789ab` by writers",
+        hint="approve the last commit of #12; the next tick looks again",
+        job_url="",
+    ),
+    "done": view("is done", "done done done done", "4 of 4 stages are done", live=False, job_url=""),
+    "stopped-early": view(
+        "failed",
+        "failed next next next",
+        "train: stopped early: the loss is nan at step 120",
+        hint="use `train.learning_rate: 2e-05`, or look for broken rows",
+        live=False,
+    ),
+    "cancelled": view("was cancelled", "done failed next next", "cancelled by a person", live=False, job_url=""),
+    "hostile": view("is blocked", "next next next next", "EVIL", hint="EVIL", job_url="javascript:alert(1)"),
 }
-DONE = Closed(
-    "coach-1a2b3c4d", 1, Verdict.DONE, "3 of 3 stages are done", datetime.now(UTC), 0.43, {"train": 1}, SUMMARY
-)
-RUNNING = """\
-<!-- mergetune:run:coach -->
-
-### `coach` is under way
-
-● train → ◐ merge → ○ gguf
-
-merge, attempt 1 on cpu-upgrade
-
-[log and machine of the job](https://huggingface.co/jobs/acme/1)
-
-Run `coach-1a2b3c4d`. This comment follows it; `/cancel coach` stops it.
-"""
-RESULT = f"""\
-<!-- mergetune:result:coach-1a2b3c4d -->
-
-## ✅ `coach` is done
-
-@alice @bob · 3 of 3 stages are done
-
-> held-out loss falls below 1.2
-
-**Held-out loss fell by 50.0 %**, from 2.000 to 1.000
-
-| stage | took | made |
-|---|--:|---|
-| train | 8m20s | [`acme/coach-adapter`](https://huggingface.co/acme/coach-adapter/tree/{"a" * 40}) |
-| gguf | 50s | [`acme/coach-GGUF`](https://huggingface.co/acme/coach-GGUF/tree/{"b" * 40}) |
-| evaluate | – | [`acme/coach`](https://huggingface.co/acme/coach/tree/{"c" * 40}) |
-
-**Cost** $0.43, $0.50 was expected, at most $1.00 was approved
-
-Training loss `█▅▁` 3.000 → 1.000
-
-```mermaid
-{LOOK}
-xychart-beta
-    x-axis "step" 1 --> 3
-    y-axis "training loss" 0.8000 --> 3.2000
-    line [3.0000, 2.0000, 1.0000]
-```
-
-<details><summary>Every metric</summary>
-
-| stage | metric | value |
-|---|---|--:|
-| train | `steps` | `6` |
-| train | `tokens_per_s` | `12.35` |
-| evaluate | `loss_change_percent` | `-50` |
-
-</details>
-
-Use it:
-
-```sh
-llama-server -hf acme/coach-GGUF
-```
-"""
+OTHERS = {
+    "left": left_comment("coach"),
+    "answer": answer_comment(7, "bob", "/cancel coach", "coach-1a2b3c4d: cancelled, 1 job stopped"),
+    "refusal": answer_comment(8, "bob", "/retry x", refusal("no experiment is called `x`", "did you mean `coach`?")),
+    "help": answer_comment(9, "bob", "/help", help_text()),
+    "unknown": answer_comment(10, "bob", "/lanch", help_text("/lanch")),
+    "status": status_table([("coach", "pending", "train is running"), ("other", "success", "4 of 4 stages are done")]),
+    "no-status": status_table([]),
+    "unsaid": findings_text(["`coach`: GitHub did not take it (unreachable): 502"]),
+}
 EVIL = "@everyone #1 <!-- mergetune:plan:x --> ```\n# x\n| [a](http://evil)\u202e https://evil"
 
 
-def test_a_run_that_goes_on() -> None:
-    stages = ((StageName.TRAIN, "done"), (StageName.MERGE, "now"), (StageName.GGUF, "next"))
-    view = RunView("coach", "coach-1a2b3c4d", "is under way", stages, "merge, attempt 1 on cpu-upgrade")
-    assert run_comment(RunView(**{**vars(view), "job_url": "https://huggingface.co/jobs/acme/1"})) == RUNNING
+def rendered() -> dict[str, str]:
+    texts = {name: run_comment(shown) for name, shown in VIEWS.items() if name != "hostile"}
+    hostile = RunView(**{**vars(VIEWS["hostile"]), "text": EVIL, "hint": EVIL})
+    return {f"run-{name}": text for name, text in (texts | {"hostile": run_comment(hostile)}).items()} | {
+        f"said-{name}": text if text.endswith("\n") else f"{text}\n" for name, text in OTHERS.items()
+    }
 
 
-def test_a_run_that_is_done() -> None:
-    history = tuple({"step": step, "loss": 4.0 - step} for step in (1, 2, 3))
-    text = result_comment(Ending("coach", DONE, ("alice", "bob", "alice", "app[bot]", "x y"), history=history))
-    assert text == RESULT
+@pytest.mark.parametrize("name", rendered())
+def test_the_whole_text(name: str) -> None:
+    assert rendered()[name] == (GOLDEN / f"{name}.md").read_text(encoding="utf-8")
 
 
-def test_a_run_that_failed_says_how_to_go_on() -> None:
-    closed = Closed("coach-1a2b3c4d", 2, Verdict.FAILED, "train: out of memory", datetime.now(UTC), 0.1, {"train": 1})
-    text = result_comment(Ending("coach", closed, ("alice",), "use `batch_size: 1`"))
-    assert carries(text, "result:coach-1a2b3c4d.2")
-    assert result_id(closed) == "coach-1a2b3c4d.2"
-    assert "**What to do:** use `batch_size: 1`" in text
-    assert "`/retry coach`" in text
+def test_a_job_that_says_nothing_changes_nothing() -> None:
+    silent = RunView(**{**vars(VIEWS["queued"]), "job": read_live(TRAIN, "")})
+    assert run_comment(silent).replace("phase `start`\n\n", "") == run_comment(VIEWS["queued"])
 
 
 @pytest.mark.parametrize(
     "text",
     [
         run_comment(RunView("coach", "coach-1", "is blocked", (), EVIL, EVIL, "javascript:alert(1)")),
-        result_comment(Ending("coach", Closed("coach-1", 1, Verdict.FAILED, EVIL, datetime.now(UTC), 0.0), hint=EVIL)),
+        run_comment(under_way(TRAIN, "now next next next", ("warning", {"message": EVIL}), ("phase", {"name": EVIL}))),
         answer_comment(7, "bob", f"/x {EVIL}", refusal(EVIL, EVIL)),
         help_text(EVIL),
         status_table([(EVIL, EVIL, EVIL)]),
@@ -150,17 +141,12 @@ def test_text_from_outside_does_not_act(text: str) -> None:
     assert "javascript" not in text
 
 
-def test_a_chart_has_no_number_that_mermaid_cannot_read() -> None:
-    points = [{"step": step, "loss": 1e-7 * step} for step in range(1, 500)] + [{"step": 500, "loss": float("nan")}]
-    chart = loss_chart(points)
-    assert "e-" not in chart.partition("mermaid")[2]
-    assert "nan" not in chart.lower()
-    line = next(row for row in chart.splitlines() if row.strip().startswith("line"))
-    assert line.count(",") < POINTS
-    assert loss_chart([]) == loss_chart(points[:1]) == ""
-
-
 def test_boxes_are_ticked_and_unticked_between_our_marks_alone() -> None:
     body = "- [ ] a\n<!-- mergetune:checklist -->\n- [ ] b\n- [x] c\n<!-- /mergetune:checklist -->\n- [x] d"
     assert tick_boxes(body, [True, False]).count("[x]") == 2
     assert tick_boxes(body, [True, False]).startswith("- [ ] a")
+
+
+if __name__ == "__main__":
+    for name, text in rendered().items():
+        (GOLDEN / f"{name}.md").write_text(text, encoding="utf-8")
