@@ -11,6 +11,7 @@ from pipeline.flavors import AS_OF
 from pipeline.markdown import fence, quote, size
 from pipeline.plan import Plan, StageName
 from pipeline.progress import duration
+from pipeline.result_sections import answers_list
 
 Manifest = Mapping[str, Any]
 
@@ -40,6 +41,7 @@ def render_report(result: RunResult) -> str:
     """The whole report of a run in Markdown."""
     sections = [
         _heading(result),
+        answers_list(result.plan.experiment.hypothesis, result.manifests),
         _verdict(result.manifests.get(StageName.EVALUATE)),
         _training(result.manifests.get(StageName.TRAIN)),
         _samples(result.manifests.get(StageName.EVALUATE)),

@@ -10,11 +10,11 @@ from typing import Any
 
 from pipeline.book import Closed, Verdict
 from pipeline.comments import LOGIN, joined
-from pipeline.hypothesis import judge, read_claims
 from pipeline.markdown import code, details, money, prose, quote
 from pipeline.plan import StageName
 from pipeline.pull_request import LONGEST_COMMENT, marker_of
 from pipeline.result_sections import (
+    answers_list,
     artifacts_section,
     before_after,
     comparison,
@@ -36,7 +36,6 @@ HEADS = {
     Verdict.SUPERSEDED: ("⛔", "was stopped for a newer version"),
     Verdict.ADOPTED: ("·", "was here before mergetune, and is not launched"),
 }
-HELD = {True: "✅", False: "❌", None: "❔"}
 
 
 @dataclass(frozen=True)
@@ -110,12 +109,10 @@ def _answers(hypothesis: str, stages: Mapping[StageName, Mapping[str, Any]], clo
     """Each number of the hypothesis against what was measured: the first thing a reader wants to know."""
     if closed.verdict is not Verdict.DONE:
         return ""
-    metrics = [mapping(stages[name].get("metrics")) for name in (StageName.EVALUATE, StageName.TRAIN)]
-    answers = [judge(claim, *metrics) for claim in read_claims(hypothesis)]
-    lines = [f"{HELD[answer.held]} **{answer.claim}**: {answer.measured}" for answer in answers]
-    if not lines and hypothesis:
+    answers = answers_list(hypothesis, stages)
+    if not answers and hypothesis:
         return "❔ The hypothesis names no loss or perplexity to hold it to: judge it by the samples and the curve."
-    return "\n".join(f"- {line}" for line in lines)
+    return answers
 
 
 def _cost(closed: Closed) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.book import Closed
 from pipeline.curve_notes import notes_on
+from pipeline.hypothesis import judge, read_claims
 from pipeline.live import Point
 from pipeline.loss_chart import loss_chart, read_curve
 from pipeline.markdown import code, defang, details, fence, money, prose, size, table, visible
@@ -20,6 +21,14 @@ Manifest = Mapping[str, Any]
 Stages = Mapping[StageName, Manifest]
 SAMPLES, SAMPLE_CHARACTERS = 8, 700  # shown of each
 OPEN_SAMPLES = 3
+HELD = {True: "✅", False: "❌", None: "❔"}
+
+
+def answers_list(hypothesis: str, stages: Stages) -> str:
+    """A line for each number that a hypothesis names: held or not, and what was measured."""
+    metrics = [mapping(mapping(stages.get(name)).get("metrics")) for name in (StageName.EVALUATE, StageName.TRAIN)]
+    answers = [judge(claim, *metrics) for claim in read_claims(hypothesis)]
+    return "\n".join(f"- {HELD[answer.held]} **{answer.claim}**: {answer.measured}" for answer in answers)
 
 
 def before_after(evaluate: Manifest) -> str:

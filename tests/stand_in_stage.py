@@ -2,7 +2,8 @@
 
     uv run /mergetune/.mergetune/RUN/STAGE/train_sft.py /mergetune/.mergetune/RUN/STAGE/run.json
 
-Variables of its environment make it misbehave: `FAIL` is what it dies of, `WORK_S` how long it works.
+Variables of its environment make it misbehave: `FAIL` is what it dies of, `WORK_S` how long it works, `SAY` events
+(JSON: a list of objects) that it says before.
 """
 
 import json
@@ -82,6 +83,8 @@ def main() -> None:
     print("works", flush=True)
     emit("step", loss="?")  # no event of ours: a custom script may print anything
     emit("step", step=1, total=2, loss=2.5)
+    for said in json.loads(os.environ.get("SAY", "[]")):
+        print("MERGETUNE " + json.dumps({"time": time.time(), **said}), flush=True)
     if os.environ.get("FAIL"):
         sys.exit(os.environ["FAIL"])
     time.sleep(float(os.environ.get("WORK_S", "0")))

@@ -56,10 +56,10 @@ def test_status_before_during_and_after(story: Story) -> None:
     first, progress = shown.stdout.splitlines()
     assert re.fullmatch(rf"◐ {run_id(story)}: waiting: {load} \({job.id}\)", first)
     assert re.fullmatch(r"  train: train · step 1/2 · loss 2\.500 · \$0\.\d+ so far", progress)
-    (told,) = json.loads(story.call("status", "--format", "json").stdout)
-    assert {"done": 1, "total": 2, "loss": 2.5}.items() <= told["progress"].items()
     (report,) = json.loads(story.call("status", run_id(story), "--format", "json").stdout)
     assert re.fullmatch(load, report.pop("text"))
+    assert {"done": 1, "total": 2, "loss": 2.5}.items() <= report.pop("progress").items()
+    assert 0 < report.pop("usd") < 0.01
     assert report == {
         "experiment": "tiny",
         "run_id": run_id(story),

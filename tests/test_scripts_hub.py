@@ -304,6 +304,28 @@ def check_manifest(hub: LoopbackHub, revision: str = "main") -> dict[str, Any]:
     return manifest
 
 
+@pytest.mark.parametrize(
+    ("driver", "busy"),
+    [("printf '50\\n100\\n'", 0.75), ("echo '[N/A]'", None), ("exit 9", None), ("printf ''", None)],
+)
+def test_a_sign_of_life_tells_how_busy_the_gpus_are(
+    hub: LoopbackHub,
+    tmp_path: Path,
+    tiny: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    driver: str,
+    busy: float | None,
+) -> None:
+    tool = tmp_path / "bin/nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text(f"#!/bin/sh\n{driver}\n")
+    tool.chmod(0o755)
+    monkeypatch.setitem(ONE_THREAD, "PATH", f"{tool.parent}:{os.environ['PATH']}")
+    job = Job(hub, merge_run(hub, tmp_path / "run", tiny, heartbeat_s=0.05, device="cuda"), "job-a")
+    assert job.end() == 0, job.log
+    assert job.events("heartbeat")[0].get("gpu_busy") == busy
+
+
 def test_a_merge_is_published_with_its_manifest_last(hub: LoopbackHub, tmp_path: Path, tiny: dict[str, Path]) -> None:
     for name in ("manifest.json", "old.safetensors", ".gitattributes", ".mergetune/coach-11111111/merge/manifest.json"):
         put(hub, name, b"old")

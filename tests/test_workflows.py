@@ -72,28 +72,41 @@ def test_a_good_experiment_is_planned_rehearsed_and_edited_in_place(place: Workp
     assert place.hub.jobs == {}
 
 
-def test_from_the_merge_to_the_results(place: Workplace) -> None:
-    """Real jobs: they train, merge and convert a tiny model."""
+def test_from_the_merge_to_the_results_whose_every_command_works(place: Workplace) -> None:
+    """Real jobs: they train, merge, convert and evaluate a tiny model."""
     place.hub.execute_jobs = True
     place.install()
-    number = place.plan_only(place.open(files={TINY: place.experiment()}))
+    evaluated = "evaluate: {flavor: cpu-upgrade, timeout: 20m, prompts: data/prompts.jsonl, max_new_tokens: 8}\noutput:"
+    text = place.experiment(**{"output:": evaluated, "runs on loopback": "runs, and held-out loss falls by 1 %"})
+    files = {TINY: text, "data/prompts.jsonl": '{"prompt": "what is 3 plus one?"}\n'}
+    number = place.plan_only(place.open(files=files))
     sha, ran = place.merge(number)
     passed(ran, "launch")
     place.hub.wait_jobs(240)
-    for stage in ("merge", "gguf"):
+    for stage in ("merge", "gguf", "evaluate"):
         passed(place.watch(), "watch")
         assert [job.labels["stage"] for job in place.hub.jobs.values()][-1] == stage
         assert place.github.statuses(sha)["train/tiny"].state == "pending"
         place.hub.wait_jobs(240)
+    assert {job.labels["pr"] for job in place.hub.jobs.values()} == {str(number)}
     passed(place.watch(), "watch")
     (result,) = place.comments(number, "result:")
     assert "@alice" in result.body
-    assert "acme/tiny-GGUF" in result.body
+    assert "- ✅ **held-out loss falls by 1 %**: it fell by " in result.body
+    assert "| what is 3 plus one? |" in result.body
     assert "xychart-beta" in result.body
     assert place.github.statuses(sha)["train/tiny"].state == "success"
     assert place.github.world.workflow("watch.yml").state == "disabled_manually"
     (closed,) = place.book().closed
     assert closed.verdict is Verdict.DONE
+    assert (closed.summary["pull_request"], len(closed.summary["curve"]["loss"])) == (number, 6)
+    pasted = place.paste(result.body)
+    assert [(one.text, one.out[-3000:]) for one in pasted if one.code] == []
+    firsts = [one.text.split()[:2] for one in pasted]
+    used = ["hf", "llama-server", "llama-cli", "printf", "from", "git"]
+    assert [words[0] for words in firsts] == used, "all that the comment shows was run"
+    again = pasted[-1].out
+    assert "Held-out loss fell by" in again, "the run was made again from its commit"
 
 
 def test_run_again_pressed_twice_submits_once(place: Workplace) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hub_story import BASE, EXPERIMENT, ROWS, TOKEN
+from pasted import Pasted, paste
 from servers.github import LoopbackGitHub
 from servers.github_state import Comment
 from servers.hub import LoopbackHub
@@ -156,6 +157,11 @@ class Workplace:
         for secret in secrets.values():
             assert secret not in done.stdout + done.stderr, "a secret was printed"
         return _read(done.stdout, done.stderr, done.returncode)
+
+    def paste(self, comment: str) -> list[Pasted]:
+        """Run what a comment shows, in a checkout of main, as the person whose token it is."""
+        work = self._work_tree("refs/heads/main")
+        return paste(comment, work, {**self._variables(), "HF_TOKEN": TOKEN, "LANG": "C.UTF-8"})
 
     def comments(self, number: int, kind: str = "") -> list[Comment]:
         """Ours, under keys of this kind."""

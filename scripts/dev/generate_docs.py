@@ -77,7 +77,8 @@ def jobs_page() -> str:
     text = (ROOT / "docs/jobs.md").read_text(encoding="utf-8")
     rows = ["| setting | default | means |", "|---|---|---|"]
     for name, field in Settings.model_fields.items():
-        default = "none" if field.default in (None, ()) else str(field.default)
+        several = isinstance(field.default, tuple)
+        default = "none" if field.default in (None, ()) else ", ".join(field.default) if several else str(field.default)
         rows.append(f"| `{name}` | {default} | {field.description} |")
     table = "\n".join(rows)
     return re.sub(r"(?s)(<!-- settings -->\n).*?(\n<!-- /settings -->)", lambda m: f"{m[1]}{table}{m[2]}", text)
