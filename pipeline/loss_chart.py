@@ -46,7 +46,7 @@ def loss_chart(train: Curve, held_out: Curve = (), before: float | None = None) 
     colours = ", ".join((BLUE, ORANGE)[: len(drawn)])
     look = (
         '%%{init: {"xyChart": {"height": 300}, "themeVariables": {"xyChart": {"plotColorPalette": '
-        f'"{colours}", "backgroundColor": "transparent"}}}}}}%%'
+        f'"{colours}", "backgroundColor": "transparent"}}}}}}}}%%'
     )
     chart = [
         "```mermaid",

@@ -1,10 +1,11 @@
 """Curves as text and as Mermaid."""
 
+import json
 import re
 
 import pytest
 
-from pipeline.loss_chart import POINTS, loss_chart, loss_lines, read_curve, thinned
+from pipeline.loss_chart import BLUE, ORANGE, POINTS, loss_chart, loss_lines, read_curve, thinned
 
 FALL = [(step, 4 - step / 100) for step in range(1, 201)]
 
@@ -21,6 +22,13 @@ def test_both_curves_are_drawn_on_the_same_steps() -> None:
     assert held_out[-1] == 2.5
     assert train[0] > train[30] > train[-1]
     assert "Orange: held-out." in chart
+
+
+def test_mermaid_can_read_how_to_draw_it() -> None:
+    """A directive that is no JSON is left out without a word, and the lines are drawn almost invisible."""
+    (directive,) = re.findall(r"%%\{init: (\{.*\})\}%%", loss_chart(FALL, FALL[::20]))
+    colours = json.loads(directive)["themeVariables"]["xyChart"]["plotColorPalette"].split(", ")
+    assert colours == [BLUE, ORANGE]
 
 
 def test_what_was_not_measured_is_said_to_be_drawn() -> None:
