@@ -1,6 +1,6 @@
 """End a run: stop its jobs, write its finish tag. What is closed here is never launched again by itself."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -131,21 +131,11 @@ def look_closely(remote: Remote, plan: Plan, label: str) -> Seen:
                 jobs[job.id] = job
     live = [job for job in jobs.values() if job.is_live]
     if live:
-        return Seen(views, tuple(jobs.values()), live_logs(remote, namespace, live))
+        return Seen(views, tuple(jobs.values()), remote.logs(namespace, [job.id for job in live]))
     failed = [job for job in jobs.values() if job.state is JobState.FAILED]
     last = max(failed, key=lambda job: (job.attempt, job.created_at), default=None)
     logs = {last.id: _log(remote, namespace, last.id)} if last else {}
     return Seen(views, tuple(jobs.values()), logs)
-
-
-def live_logs(remote: Remote, namespace: str, jobs: Iterable[SeenJob]) -> dict[str, str]:
-    """The logs of the jobs that run. One that is not to be had is left out: nothing is decided without it."""
-    logs: dict[str, str] = {}
-    for job in jobs:
-        if job.state is JobState.RUNNING:
-            with suppress(HubError):
-                logs[job.id] = remote.log(namespace, job.id)
-    return logs
 
 
 def _log(remote: Remote, namespace: str, job_id: str) -> str:

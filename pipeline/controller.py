@@ -7,24 +7,21 @@ Truth, in this order: finish tags, artifacts with manifests, claims, jobs by lab
 one finds what was done and goes on.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from hashlib import sha256
 from typing import Any
 
 from pipeline.book import SINCE, Book, Verdict, since_message
-from pipeline.closing import close_run, end_run, finish_tag, live_logs, look_closely, shut_late_jobs_out, tag_run
+from pipeline.closing import close_run, end_run, finish_tag, look_closely, shut_late_jobs_out, tag_run
 from pipeline.errors import UserError
+from pipeline.gather import chosen_runs, live_jobs, live_logs
 from pipeline.hub_facts import Access, HubError
 from pipeline.launch import Elsewhere, Submitted, Unanswered, submit_stage
 from pipeline.plan import Plan, StageName
 from pipeline.reconcile import Finish, GiveUp, Seen, Submit, Wait, decide, so_far_usd
 from pipeline.remote import SeenJob
 from pipeline.world import Outcome, Report, Wanted, World
-
-# A look at a run without a live job is about eight requests; a thousand of them at once would be refused by the Hub.
-LEAST_LOOKS, LOOKS_PER_SUBMIT = 10, 2
 
 
 @dataclass(frozen=True)
@@ -48,10 +45,13 @@ def tick(world: World, *, dry_run: bool = False) -> list[Report]:
     if book.since is None:
         return _adopt(world, book, dry_run)
     open_runs = [run for run in world.tree.wanted if book.is_open(run.run_id)]
-    live, refused = _live_jobs(world)
-    chosen = _chosen(world, open_runs, live)
+    live, refused = live_jobs(world)
+    chosen = chosen_runs(world, open_runs, live)
+    logs = live_logs(world, open_runs, live)
     looks = [
-        _look(world, run, live.get(run.run_id, ()), refused.get(run.namespace)) if run.run_id in chosen else _later(run)
+        _look(world, run, Seen(jobs=live.get(run.run_id, ()), logs=logs), refused.get(run.namespace))
+        if run.run_id in chosen
+        else _later(run)
         for run in open_runs
     ]
     # First what must stop: an edited experiment's two versions write to the same repositories.
@@ -61,50 +61,17 @@ def tick(world: World, *, dry_run: bool = False) -> list[Report]:
     return reports + ended
 
 
-def _live_jobs(world: World) -> tuple[dict[str, tuple[SeenJob, ...]], dict[str, HubError]]:
-    """The live jobs of this repository by run, and the namespaces whose jobs we may not see."""
-    namespaces = {run.namespace for run in world.tree.wanted} | world.namespaces
-    found: dict[str, tuple[SeenJob, ...]] = {}
-    refused: dict[str, HubError] = {}
-    for namespace in sorted(namespaces):
-        try:
-            jobs = world.remote.jobs(namespace, {"repo": world.label}, live=True)
-        except HubError as error:
-            if error.access is Access.UNREACHABLE:
-                raise
-            refused[namespace] = error
-            continue
-        for job in jobs:
-            found[job.run_id] = (*found.get(job.run_id, ()), job)
-    return found, refused
-
-
-def _chosen(world: World, runs: list[Wanted], live: Collection[str]) -> set[str]:
-    """The runs to look at: those with a live job, which costs nothing, and of a backlog as many as can be acted on.
-
-    By lot, so that no blocked run keeps another from its turn for good. A monthly budget has to know all of them.
-    """
-    idle = [run.run_id for run in runs if run.run_id not in live]
-    if world.settings.max_usd_per_month is None:
-        now = world.clock.now()
-        idle.sort(key=lambda run_id: sha256(f"{now} {run_id}".encode()).digest())
-        idle = idle[: max(LEAST_LOOKS, LOOKS_PER_SUBMIT * world.settings.submits_per_tick)]
-    return {*idle, *live}
-
-
 def _later(run: Wanted) -> Report:
     return Report(run.name, run.run_id, Outcome.WAITING, "one of many: this tick looks at others")
 
 
-def _look(world: World, run: Wanted, live: tuple[SeenJob, ...], refused: HubError | None) -> _Look | Report:
-    """What there is to know of an open run, or why it is not known. A live job says enough: only its log is read."""
+def _look(world: World, run: Wanted, live: Seen, refused: HubError | None) -> _Look | Report:
+    """What there is to know of an open run, or why it is not known. A live job says enough: nothing else is asked."""
     try:
         if refused:
             raise refused
         plan, at = run.plan(), world.clock.now()
-        if not live:
-            return _Look(run, plan, look_closely(world.remote, plan, world.label), at)
-        return _Look(run, plan, Seen(jobs=live, logs=live_logs(world.remote, run.namespace, live)), at)
+        return _Look(run, plan, live if live.jobs else look_closely(world.remote, plan, world.label), at)
     except UserError as error:
         return Report(run.name, run.run_id, Outcome.BLOCKED, error.message, error.hint)
     except HubError as error:

@@ -6,7 +6,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -174,6 +174,10 @@ class Remote(Protocol):
 
     def log(self, namespace: str, job_id: str) -> str:
         """The last part of a job's log."""
+        ...
+
+    def logs(self, namespace: str, job_ids: Collection[str]) -> Mapping[str, str]:
+        """The logs of several jobs by id, read side by side; one that is not to be had is left out."""
         ...
 
     def follow(self, namespace: str, job_id: str) -> Iterator[str]:

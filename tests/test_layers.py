@@ -50,6 +50,7 @@ LAYERS = {
     "diagnose": 1,
     "launch": 3,
     "controller": 3,
+    "gather": 3,
     "trl_fields": 2,
     "converter_architectures": 0,
     "dataset_facts": 0,
