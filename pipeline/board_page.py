@@ -18,6 +18,7 @@ from pipeline.progress import duration
 
 CODE = re.compile(r"`([^`]+)`")
 FOLD = 170  # characters of a hypothesis that stand in the table; the rest is a fold
+MANY = 200  # rows from which on laying out only what is in sight is worth it
 MARKS = {
     State.LIVE: "◐",
     State.WAITING: "○",
@@ -41,7 +42,7 @@ COLUMNS = (
     ("Took", "-took"),
     ("Cost", "-cost"),
     ("Made from", "base"),
-    ("When (UTC)", "-when"),
+    ("When", "-when"),
     ("Links", ""),
 )
 # Every key, for the list of orders: also what shares a column with others.
@@ -72,7 +73,8 @@ def render_board(board: Board, style: str, script: str) -> str:
     heads = "".join(_head(text, order) for text, order in COLUMNS)
     rows = "\n".join(_row(row, board.now) for row in board.rows)
     caption = "<caption>Every run: what is open first, then the newest end first.</caption>"
-    table = f'<table id="runs">{caption}<thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody></table>'
+    many = ' class="many"' if len(board.rows) > MANY else ""
+    table = f'<table id="runs"{many}>{caption}<thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody></table>'
     empty = "<p>No run is known yet: merge an experiment, and it will stand here.</p>"
     parts = [
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -113,7 +115,7 @@ def _top(board: Board) -> str:
     shown = "".join(f"<div><dt>{words}</dt><dd>{number}</dd></div>" for number, words in tiles)
     notes = "".join(f"<li>{escape(note)}</li>" for note in board.notes)
     notes = f'\n<ul class="notes" aria-label="Notes">{notes}</ul>' if notes else ""
-    made = f"Made {_time(board.now)} UTC from the <code>run/</code> tags; dollars are of runs that ended."
+    made = f"Made {_time(board.now)} from the <code>run/</code> tags. Times are UTC, dollars are of rounds that ended."
     made = f'<p class="made">{made}</p>'
     return f"<header>\n<h1>Run board{name}</h1>\n{made}\n<dl>{shown}</dl>{notes}\n</header>"
 
@@ -131,8 +133,8 @@ def _controls(board: Board) -> str:
         '<input id="filter" type="search" aria-label="Filter runs by any text" placeholder="Filter by any text" '
         'autocomplete="off" spellcheck="false">\n'
         f'<div role="group" aria-label="Show only these states">{chips}</div>\n'
-        f'<label>Sort by <select id="order">{options}</select></label>'
-        '<button type="button" id="turn" aria-label="Turn the order round">↓</button>\n'
+        f'<div><label>Sort by <select id="order">{options}</select></label>'
+        '<button type="button" id="turn" aria-label="Turn the order round">↓</button></div>\n'
         '<p id="count" role="status"></p>\n</div>'
     )
 

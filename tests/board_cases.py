@@ -133,7 +133,45 @@ def under_way() -> tuple[list[OnMain], list[Standing]]:
     return main, live
 
 
-def full_board(runs: int = 40) -> Board:
-    """The season, with what is under way."""
+def full_board(runs: int = 37) -> Board:
+    """The season, and three runs under way."""
     main, live = under_way()
     return make_board(season(runs), main, live, PLACE, NOW, ("the runs of two branches are not shown",))
+
+
+BREAKOUT = (
+    '"></td></table><script>window.hacked=1</script><img src=x onerror="window.hacked=1"><style>*{color:red}</style>'
+)
+TOKEN = "hf_" + "Ab1" * 10
+
+
+def hostile_board() -> Board:
+    """Everything that an author, a model, a log or a foreign tag can choose, chosen to act, to hide or to burst."""
+    long = "w" * 500
+    said = {
+        "experiment": f"{BREAKOUT}",
+        "hypothesis": f"{BREAKOUT} {TOKEN} \u202egnp.exe <!-- --> {{{{ x }}}} {long}",
+        "base": "javascript:alert(1)",
+        "dataset": f"acme/{'d' * 90}",
+        "flavor": BREAKOUT,
+        "expected_usd": "1e999",
+        "worst_usd": True,
+        "commit": "../../../evil",
+        "pull_request": "12",
+        "curve": {"loss": [[1, 2], [BREAKOUT, 3], [2, None], "x", [3, 1.0, 4]], "eval_loss": {"a": 1}},
+        "stages": {
+            "train": {"repo": 'acme/x" onclick="alert(1)', "revision": BREAKOUT, "metrics": {"train_loss": BREAKOUT}},
+            "merge": {"repo": "acme/fine", "revision": BREAKOUT, "duration_s": -5, "metrics": [1]},
+            "evaluate": {"metrics": {"before": 3, "after": {"loss": 2**62}, "loss_change_percent": 1e18}},
+            "gguf": "gone",
+        },
+    }
+    tags = [
+        finish(Closed("evil-00000000", 1, Verdict.FAILED, f"{BREAKOUT} {long}", NOW, 2**62, {}, said)),
+        finish(Closed("bare-00000000", 1, Verdict.DONE, "", NOW, 0, {}, {"stages": 3, "curve": 7, "hypothesis": [1]})),
+        Tag(f"run/{BREAKOUT}", COMMIT, None),
+        Tag("run/by-hand", COMMIT, "I stopped it"),
+        Tag("run/", COMMIT, None),
+    ]
+    live = [Standing(BREAKOUT, f"{BREAKOUT}-1", State.LIVE, BREAKOUT, BREAKOUT, NOW, 1.0, "javascript:window.hacked=1")]
+    return make_board(make_book(tags), [], live, PLACE, NOW, (BREAKOUT,))
