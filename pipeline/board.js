@@ -14,7 +14,7 @@
 
   function value(row, key) {
     const text = row.dataset[key];
-    if (text === undefined || typeof text !== "string") return undefined;
+    if (text === undefined) return undefined;
     return ["experiment", "base", "dataset", "flavor"].includes(key) ? text : Number(text);
   }
 

@@ -204,6 +204,11 @@ def test_the_gate_opens_only_when_all_passed(plan: str, rehearse: str) -> None:
 def test_the_board_is_published_only_where_a_person_switched_it_on() -> None:
     (job,) = load("pages")["jobs"].values()
     assert job["if"] == "github.ref == 'refs/heads/main' && vars.MERGETUNE_BOARD == 'on'"
+    page = (ROOT / "docs/board.md").read_text(encoding="utf-8")
+    assert "gh variable set MERGETUNE_BOARD --repo OWNER/REPO --body on\n" in page
+    assert "private repository are public" in page
+    (branch,) = re.findall(r"source\[branch\]=([a-z-]+)", page)
+    assert [step["run"].split()[-1] for step in job["steps"] if "git push" in step.get("run", "")] == [branch]
 
 
 def test_secret_runs_are_named_verbs() -> None:

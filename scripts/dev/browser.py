@@ -1,4 +1,4 @@
-"""Bring what opens pages on this machine: Chromium and npm from Debian, a driver from npm. What is there stays as it is.
+"""Bring what opens pages on this machine: Chromium and npm from Debian, a driver from npm. What is there stays.
 
     python scripts/dev/browser.py
 
