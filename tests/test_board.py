@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 from board_cases import COMMIT, NOW, PLACE, TOKEN, finish, full_board, hostile_board, retry
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.board import SILENT, Board, Link, OnMain, Place, Row, Standing, State, make_board
 from pipeline.board_chart import HEIGHT, WIDTH, loss_picture
+from pipeline.board_page import render_board
 from pipeline.board_summary import POINTS, Artifact, Metrics, Summary, read_summary, thinned
 from pipeline.book import Closed, Tag, Verdict, make_book
 from pipeline.plan import StageName
@@ -246,3 +249,19 @@ def test_the_document_is_json_and_names_every_run() -> None:
     assert set(done["metrics"]) == set(vars(Metrics()))
     assert done["curve"]["train"][-1][1] == done["metrics"]["train_loss"]
     assert replace(made) == full_board()
+
+
+SHAPES = st.sampled_from([SUMMARY, SUMMARY["stages"], SUMMARY["stages"]["train"], SUMMARY["curve"]])
+KEYS = SHAPES.flatmap(lambda shape: st.sampled_from(sorted(shape))) | st.text(max_size=3)
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just(COMMIT)
+JSON = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=5))
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None)
+@given(summary=st.dictionaries(KEYS, JSON, max_size=8), usd=st.floats(0, 1e18), verdict=st.sampled_from(Verdict))
+def test_no_tag_breaks_the_board(summary: dict[str, Any], usd: float, verdict: Verdict) -> None:
+    made = board(finish(closed(summary=summary, usd=usd, verdict=verdict)), finish(closed("b-1", summary=summary)))
+    assert len(made.rows) == 2
+    json.dumps(made.as_dict(), allow_nan=False)
+    render_board(made, "", "").encode()
