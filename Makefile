@@ -14,7 +14,7 @@ TORCH := $(shell grep '^torch==' requirements/train.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart demo test test-fast test-contract lint docs lock bench clean
+.PHONY: help setup quickstart demo browser test test-fast test-contract lint docs lock bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -40,6 +40,9 @@ quickstart: $(VENV)/.train ## fine-tune, merge, quantise and compare a tiny mode
 
 demo: $(VENV)/.dev ## watch a pull request become a model: every comment, real jobs, no account, no network
 	$(BIN)/python scripts/dev/demo.py
+
+browser: $(VENV)/.dev ## bring Chromium and its driver, for the tests of the run board (Debian)
+	$(BIN)/python scripts/dev/browser.py
 
 test: $(VENV)/.dev ## every test
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
@@ -77,4 +80,4 @@ bench: $(VENV)/.dev ## every benchmark, one table each
 	$(BIN)/python benchmarks/reconcile.py --experiments 1000
 
 clean: ## remove runs, caches and the virtual environment
-	rm -rf $(VENV) runs build demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs build demo site .pytest_cache .mypy_cache .ruff_cache

@@ -27,6 +27,7 @@ PERMISSIONS = {
     ("ci", "lint"): READ,
     ("ci", "test"): READ,
     ("catalogue", "refresh"): {"contents": "write", "pull-requests": "write"},
+    ("pages", "board"): {"contents": "write"},
 }
 EVENTS = {
     "preflight": {"pull_request", "merge_group"},
@@ -35,6 +36,7 @@ EVENTS = {
     "commands": {"issue_comment"},
     "ci": {"push", "pull_request"},
     "catalogue": {"schedule", "workflow_dispatch"},
+    "pages": {"schedule", "workflow_dispatch"},
 }
 # Text that an outsider can choose. None of it may be pasted into a script.
 UNTRUSTED = re.compile(r"\$\{\{.*?\b(github\.event|github\.head_ref|inputs|matrix|needs|steps|secrets)\b.*?\}\}")
@@ -146,6 +148,7 @@ def test_who_sees_which_secret() -> None:
         "commands": set(),
         "ci": set(),
         "catalogue": set(),
+        "pages": set(),
     }
     holders = [step["run"] for name, _, step in STEPS if "secrets.HF_READ_TOKEN" in str(step)]
     assert holders == ["mergetune preflight --tree proposed --base-tree ."]
@@ -196,6 +199,16 @@ def test_the_gate_opens_only_when_all_passed(plan: str, rehearse: str) -> None:
     environment = {"PATH": os.environ["PATH"], "PLAN": plan, "REHEARSE": rehearse}
     done = subprocess.run(["bash", "-e", "-c", step["run"]], env=environment, timeout=10)
     assert (done.returncode == 0) == (plan == "success" and rehearse in ("success", "skipped"))
+
+
+def test_the_board_is_published_only_where_a_person_switched_it_on() -> None:
+    (job,) = load("pages")["jobs"].values()
+    assert job["if"] == "github.ref == 'refs/heads/main' && vars.MERGETUNE_BOARD == 'on'"
+    page = (ROOT / "docs/board.md").read_text(encoding="utf-8")
+    assert "gh variable set MERGETUNE_BOARD --repo OWNER/REPO --body on\n" in page
+    assert "private repository are public" in page
+    (branch,) = re.findall(r"source\[branch\]=([a-z-]+)", page)
+    assert [step["run"].split()[-1] for step in job["steps"] if "git push" in step.get("run", "")] == [branch]
 
 
 def test_secret_runs_are_named_verbs() -> None:

@@ -49,6 +49,7 @@ class Workplace:
     hub: LoopbackHub
     revision: str
     environment: dict[str, str] = field(default_factory=dict)
+    variables: dict[str, str] = field(default_factory=dict)
 
     def experiment(self, name: str = "tiny", **changes: str) -> str:
         text = EXPERIMENT.format(revision=self.revision).replace("tiny\n", f"{name}\n")
@@ -105,6 +106,13 @@ class Workplace:
         """What the clock starts."""
         return self.trusted("schedule", "watch", self.github.event("schedule"))
 
+    def pages(self) -> Ran:
+        """The run board's workflow, dispatched; it gets no secret of the repository."""
+        event = self.github.event("workflow_dispatch", workflow="pages.yml", inputs={}, by="alice")
+        return self.act(
+            "workflow_dispatch", "pages", event, "refs/heads/main", {"GITHUB_TOKEN": self.github.actions_token()}
+        )
+
     def say(self, number: int, login: str, text: str) -> tuple[int, Ran]:
         """A comment, what it starts, and what that dispatches."""
         sent = len(self.github.dispatches)
@@ -151,6 +159,7 @@ class Workplace:
         command += ["--no-skip-checkout", "--no-cache-server", "--action-cache-path", str(self.root / "act")]
         command += ["-a", str(event.get("sender", {}).get("login", "github-actions[bot]")), *self._actions()]
         command += [part for key, value in self._variables().items() for part in ("--env", f"{key}={value}")]
+        command += [part for key, value in self.variables.items() for part in ("--var", f"{key}={value}")]
         command += ["-j", job] if job else []
         kept = {"PATH": os.environ["PATH"], "HOME": str(self.root / "home"), "LANG": "C.UTF-8"}
         done = subprocess.run(command, env=kept, capture_output=True, text=True, timeout=540, check=False)
