@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
-from pipeline.board_summary import NAME_CHARACTERS, REPO, Metrics, Summary, read_summary, shown
+from pipeline.board_summary import NAME_CHARACTERS, REPO, Metrics, Points, Summary, read_summary, shown, thinned
 from pipeline.book import EPOCH, RUN_ID, Book, Closed
 from pipeline.fields import is_path
 
@@ -44,7 +44,10 @@ class OnMain:
 
 @dataclass(frozen=True)
 class Standing:
-    """Where one run stands. `at` is when it ended, or when its job was submitted; `usd` is of this round so far."""
+    """Where one run stands. `at` is when it ended, or when its job was submitted; `usd` is of this round so far.
+
+    The curves are what the log of its job says until now.
+    """
 
     experiment: str
     run_id: str
@@ -54,6 +57,8 @@ class Standing:
     at: datetime | None = None
     usd: float | None = None
     job_url: str = ""
+    train_curve: Points = ()
+    eval_curve: Points = ()
 
 
 @dataclass(frozen=True)
@@ -183,7 +188,8 @@ def _row(run_id: str, book: Book, on_main: OnMain | None, live: Standing | None,
         ended = Standing(said.experiment, run_id, State(last.verdict), last.text, "", _at(last), last.usd)
         return _joined(ended, _filled(said, on_main), rounds[:-1], on_main, place)
     here = live or Standing(said.experiment, run_id, State.UNKNOWN, SILENT)
-    said = replace(said, metrics=Metrics(), train_curve=(), eval_curve=())  # those of the round that is over
+    # What the tag says of these is of the round that is over.
+    said = replace(said, metrics=Metrics(), train_curve=thinned(here.train_curve), eval_curve=thinned(here.eval_curve))
     return _joined(here, _filled(said, on_main), rounds, on_main, place)
 
 

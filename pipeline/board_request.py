@@ -13,8 +13,11 @@ from pipeline.book import Book
 from pipeline.errors import UserError
 from pipeline.hf_world import open_world
 from pipeline.hub_facts import HubError
+from pipeline.live import curve
 from pipeline.loader import load_experiment
+from pipeline.loss_chart import read_curve
 from pipeline.online import ENDPOINT
+from pipeline.progress import status_line
 from pipeline.reconcile import spent_usd
 from pipeline.remote import SeenJob
 from pipeline.repository import Repository
@@ -110,13 +113,17 @@ def _standing(report: Report, jobs: tuple[SeenJob, ...], book: Book) -> Standing
     """A run as a tick sees it; what its closed rounds cost is not counted again."""
     job = next((job for job in jobs if job.id == report.job), None)
     before = sum(one.usd for one in book.rounds.get(report.run_id, ()))
+    told = curve(report.live) if report.live else {}
+    at = status_line(report.live.progress) if report.live and report.live.progress.total else ""
     return Standing(
         experiment=report.experiment,
         run_id=report.run_id,
         state=State.LIVE if report.outcome is Outcome.WAITING and report.job else STATES[report.outcome],
-        text=report.text,
+        text=at or report.text,
         hint=report.hint,
         at=datetime.fromtimestamp(job.created_at, UTC) if job else None,
         usd=max(0.0, round(spent_usd(jobs) - before, 4)) if job else None,
         job_url=job.url if job else "",
+        train_curve=tuple(read_curve(told.get("history"))),
+        eval_curve=tuple(read_curve(told.get("eval_history"), "eval_loss")),
     )

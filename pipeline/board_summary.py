@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.book import LARGEST
+from pipeline.loss_chart import read_curve
 from pipeline.markdown import visible
 from pipeline.plan import StageName
 
@@ -61,7 +62,7 @@ class Summary:
 def read_summary(summary: Mapping[str, Any]) -> Summary:
     """The summary of a finish tag, or of one by hand, of an older mergetune, or forged: what is odd is not known."""
     curves = _mapping(summary.get("curve"))
-    train, held_out = _points(curves.get("loss")), _points(curves.get("eval_loss"))
+    train, held_out = (tuple(sorted(read_curve(curves.get(key)))) for key in ("loss", "eval_loss"))
     commit, pull = summary.get("commit"), summary.get("pull_request")
     return Summary(
         experiment=shown(summary.get("experiment"), NAME_CHARACTERS),
@@ -126,13 +127,6 @@ def _artifacts(summary: Mapping[str, Any]) -> Iterator[Artifact]:
 
 def _stage(summary: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return _mapping(_mapping(summary.get("stages")).get(name))
-
-
-def _points(value: Any) -> Points:
-    """Pairs of step and value in the order of steps; a pair that holds no numbers is left out."""
-    pairs = value if isinstance(value, list) else []
-    read = [(_number(pair[0]), _number(pair[1])) for pair in pairs if isinstance(pair, list) and len(pair) == 2]
-    return tuple(sorted((step, number) for step, number in read if step is not None and number is not None))
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -46,21 +46,25 @@ def test_before_while_and_after_a_run(story: Story) -> None:
     assert row["text"].startswith("would submit train")
     assert row["hypothesis"] == "the whole chain runs on loopback"
     assert row["worst_usd"] > 0
-    story.hub.job_environment["WORK_S"] = "60"
+    said = {"event": "step", "step": 2, "total": 3, "loss": 2.0}
+    story.hub.job_environment |= {"WORK_S": "60", "SAY": json.dumps([said])}
     story.tick()
     (job,) = story.hub.jobs.values()
     deadline = time.monotonic() + 30
-    while "works" not in job.log:
+    while '"total": 3' not in job.log:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     story.clock.sleep(600)
     made = document(story)
     (row,) = made["runs"]
-    assert (row["state"], row["text"], made["totals"]["states"]) == ("live", "train is running", {"live": 1})
+    assert (row["state"], made["totals"]["states"]) == ("live", {"live": 1})
+    assert row["text"].startswith("train: train · step 2/3 · loss 2.000")
+    assert row["curve"]["train"] == [[1, 2.5], [2, 2.0]]
     assert [link["text"] for link in row["links"]] == ["job"]
     assert 0.005 <= row["usd"] <= 0.006  # ten minutes and a little, at $0.03 an hour
     assert row["at"] is not None
-    story.hub.job_environment.pop("WORK_S")
+    for name in ("WORK_S", "SAY"):
+        story.hub.job_environment.pop(name)
     assert story.call("cancel", "tiny").returncode == 0
     assert story.call("retry", "tiny").returncode == 0
     run_to_the_end(story)
