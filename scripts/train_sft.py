@@ -17,13 +17,17 @@
 # [tool.uv]
 # exclude-newer = "2026-11-22T00:00:00Z"
 # ///
-"""Fine-tune one base on one data set: QLoRA, LoRA or full, on one GPU or on the CPU.
+"""Fine-tune one base on one data set: QLoRA, LoRA or full, on one GPU, on all GPUs of a machine, or on the CPU.
 
     python scripts/train_sft.py runs/quickstart/train/run.json
 
 The argument is a resolved `run.json` (stage `train`); its `device` says `cuda` or `cpu`, and the CPU runs the same code
 path as the GPU. The order below is the order of the work: check everything that is cheap to check, turn rows into
 tokens and labels, load the base, train, check the result, write it, write `manifest.json` last.
+
+With `processes` above 1 in run.json the script checks, then starts itself so many times under `torch.distributed.run`,
+one process per GPU (gloo on the CPU). `gradient_accumulation` counts the batches of a step over all of them, so that
+the same experiment learns the same on any number of GPUs. Only the first process reports, pushes and writes.
 
 Killed runs go on from the last complete checkpoint in `work/checkpoints`, or in the output repo where there is one.
 Exit codes: 0 done, or another job does it, 1 training failed (not a number, or nothing learned) or a bug, 2 the
@@ -96,6 +100,7 @@ NOT_TEXT = r".*(vision|visual|image|audio|multi_modal_projector|mm_projector|con
 GRACE_S = 20  # a step may take this long after SIGTERM; the Hub kills 30 s after it asks
 PUSH_GRACE_S = 27  # and the push of its checkpoint goes on until then, counted from SIGTERM too
 LAST_PUSH_S = 600  # after the last step: a push that hangs must not hold up the artifact
+TAIL_BYTES = 8000  # of what a process that failed printed; the traceback is its end
 
 
 # --- shared: protocol. The same lines stand in every job script; tests/test_scripts.py compares them. ---
@@ -952,14 +957,27 @@ class TrainingFailed(Exception):
 
 
 def main() -> None:
-    """Check what is cheap to check, then train."""
+    """Check what is cheap to check, then train, here or in processes of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="path of a run.json of stage `train`")
     run, started = load_run(parser.parse_args().run, "train"), time.time()
+    if "launched" in run:
+        end_with_parent(run)
+        named_failures(run, lambda: train(run, Path(run["launched"]["base"]), *split_rows(run), run["launched"]["at"]))
+        return
     emit("start", stage="train", run_id=run["run_id"])
     begin(run)
     os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # 3 % lost to fragmentation, not 11 %
+    if processes_of(run) == 1:
+        named_failures(run, lambda: train(run, *prepare(run), started))
+    else:
+        launch(run, prepare(run)[0], started)  # each process reads the rows again: here they need not stay
+
+
+def prepare(run: dict) -> tuple[Path, list[Row], list[Row]]:
+    """The base's folder, training and held-out rows, all checked; an output folder, and the checkpoint of the Hub."""
+    accumulation_of(run)
     base = fetch_base(run["inputs"]["base"])
     check_base(base)
     emit("phase", name="read data")
@@ -973,12 +991,130 @@ def main() -> None:
     require_disk(fresh_output(run), weights * copies if is_full else weights // 4)
     if run["output"].get("repo"):
         patiently(run, "download the checkpoint", START, lambda: fetch_checkpoint(run))
+    return base, train_rows, eval_rows
+
+
+def named_failures(run: dict, act: Callable[[], None]) -> None:
+    """`act()`; where the training went wrong, exit code 1 with a reason. One of several processes notes when."""
     try:
-        train(run, base, train_rows, eval_rows, started)
+        act()
     except TrainingFailed as error:
         emit("error", message=error.message, hint=error.hint)
         print(f"error: {error.message}\n\nhint: {error.hint}", file=sys.stderr)
         raise SystemExit(1) from error
+    except Exception:
+        if "launched" in run:  # the others fail by it within a moment, and the log must end with the cause
+            (processes_folder(run) / f"failed-{rank()}").write_text(str(time.time_ns()), encoding="utf-8")
+        raise
+
+
+# Several processes
+
+
+def processes_of(run: dict) -> int:
+    """How many processes train: one per GPU of the flavor, or as many as a rehearsal on the CPU asks for."""
+    return int(run.get("processes", 1))
+
+
+def rank() -> int:
+    """This process's number among those that train together; 0 when it is alone."""
+    return int(os.environ.get("RANK", 0))
+
+
+def accumulation_of(run: dict) -> int:
+    """Micro-batches that each process sums for a step: its share of `gradient_accumulation`."""
+    total, processes = run["experiment"]["train"]["gradient_accumulation"], processes_of(run)
+    if total % processes:
+        message = f"`gradient_accumulation: {total}` batches a step cannot be shared evenly by {processes} GPUs"
+        raise InputError(message, f"write `gradient_accumulation: {math.ceil(total / processes) * processes}`")
+    return total // processes
+
+
+def processes_folder(run: dict) -> Path:
+    """The request of the processes, and what all but the first of them print."""
+    return Path(run["work"]) / "processes"
+
+
+def launch(run: dict, base: Path, started: float) -> None:
+    """Train in one process per GPU, and end as they end. The first prints here, the others into files.
+
+    Raises:
+        SystemExit: with the code of the process that failed first; 130 after SIGTERM or SIGINT, which they are sent.
+    """
+    from torch.distributed import run as launcher
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    shutil.rmtree(processes_folder(run), ignore_errors=True)
+    processes_folder(run).mkdir(parents=True)
+    checkpoint, request = last_checkpoint(run), processes_folder(run) / "run.json"
+    known = {"base": str(base), "at": started, "parent": os.getpid(), "checkpoint": checkpoint and str(checkpoint)}
+    request.write_text(json.dumps(run | {"launched": known}), encoding="utf-8")
+    os.environ["JOB_ID"] = JOB_ID  # the fence knows this job by it
+    count = processes_of(run)
+    quiet = ",".join(f"{number}:3" for number in range(1, count))
+    options = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={count}", f"--redirects={quiet}"]
+    options += [f"--log-dir={processes_folder(run)}", __file__, str(request)]
+    emit("phase", name="launch", detail=f"{count} processes")
+    try:
+        launcher.run(launcher.parse_args(options))
+    except SignalException:
+        raise SystemExit(130) from None
+    except ChildFailedError as error:
+        raise SystemExit(explain_failure(run, error.failures)) from None
+
+
+def explain_failure(run: dict, failures: dict[int, Any]) -> int:
+    """Print what the process that failed first said, unless it prints here anyway; returns the exit code."""
+    first = first_failure(run, failures)
+    name, code = f"process {first} of {processes_of(run)}", failures[first].exitcode
+    if code < 0:
+        message = f"{name} was killed by {signal.Signals(-code).name}"
+        hint = "if its memory ran out, choose a flavor with more RAM or a smaller `train.batch_size`; look into the log"
+        emit("error", message=message, hint=hint)
+        print(f"error: {message}\n\nhint: {hint}", file=sys.stderr)
+        return 1
+    if first != 0:
+        for path in sorted(processes_folder(run).glob(f"**/{first}/std*.log")):
+            text = path.read_bytes()[-TAIL_BYTES:].decode(errors="replace")
+            # Its events would count twice; but for errors, which the first process knows nothing of.
+            lines = [x for x in text.splitlines() if not x.startswith(EVENT_PREFIX) or '"event": "error"' in x]
+            print(f"{name}, {path.name}:", *lines, sep="\n", file=sys.stderr, flush=True)
+    return code
+
+
+def first_failure(run: dict, failures: dict[int, Any]) -> int:
+    """The number of the process that ended the others: one that was killed, or whose error came before theirs."""
+    ours = (-signal.SIGTERM, -signal.SIGKILL)  # what the launcher sends to those that are left
+    noted = {int(p.name.partition("-")[2]): int(p.read_text()) for p in processes_folder(run).glob("failed-*")}
+
+    def order(number: int) -> tuple[bool, float, int]:
+        code = failures[number].exitcode
+        killed = code < 0 and (code not in ours or (code == -signal.SIGKILL and number not in noted))
+        return not killed, noted.get(number, math.inf), number
+
+    return min(failures, key=order)
+
+
+def end_with_parent(run: dict) -> None:
+    """A process must not train on when the one that started it is killed: nobody could stop it, and it holds a GPU."""
+
+    def watch() -> None:
+        while not STOPPED.wait(1):
+            if os.getppid() != run["launched"]["parent"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="parent watch", daemon=True).start()
+
+
+def summed(values: list[Any], device: Any) -> list[int]:
+    """Whole numbers, each added up over all processes."""
+    import torch
+
+    numbers = torch.stack([torch.as_tensor(value, device=device).long() for value in values])
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(numbers)
+    return [int(number) for number in numbers.tolist()]
 
 
 def train(run: dict, base: Path, train_rows: list[Row], eval_rows: list[Row], started: float) -> None:
@@ -997,6 +1133,8 @@ def train(run: dict, base: Path, train_rows: list[Row], eval_rows: list[Row], st
     run_training(run, trainer, reporter)
     emit("phase", name="save")
     check_weights(trainer.model)
+    if rank() > 0:
+        return
     save(run, trainer.model, base)
     metrics = collect_metrics(trainer, reporter) | {"rows": len(train_rows), "eval_rows": len(eval_rows), **counts}
     write_card(run, metrics)
@@ -1101,6 +1239,9 @@ def sft_config(run: dict, has_eval: bool) -> Any:
     settings, cpu = run["experiment"]["train"], run["device"] == "cpu"
     if not (cpu or torch.cuda.is_available()):
         raise InputError("`device: cuda`, but torch sees no GPU", "choose a GPU flavor, or check its driver")
+    if not cpu and torch.cuda.device_count() < processes_of(run):
+        message = f"`processes: {processes_of(run)}`, but torch sees {torch.cuda.device_count()} GPUs"
+        raise InputError(message, "choose a flavor with so many, or check its driver")
     if settings["tracking"] == "trackio" and not util.find_spec("trackio"):
         raise InputError("`train.tracking: trackio`, but trackio is not installed", "pip install trackio")
     check_keys(settings["sft"], [field.name for field in dataclasses.fields(SFTConfig)])
@@ -1109,7 +1250,7 @@ def sft_config(run: dict, has_eval: bool) -> Any:
         for key in [key for key in gpu_only if cpu and key in options]:
             emit("warning", message=f"`{key}: {options.pop(key)}` needs a GPU: left out on the CPU")
     # One device, whole: with "auto" a model that does not fit would move to the CPU in silence, and train for days.
-    loading |= {"dtype": "bfloat16"} | ({} if cpu else {"device_map": {"": 0}})
+    loading |= {"dtype": "bfloat16"} | ({} if cpu else {"device_map": {"": int(os.environ.get("LOCAL_RANK", 0))}})
     try:
         return SFTConfig(**{**our_settings(run, cpu, has_eval), **sft, "model_init_kwargs": loading})
     except (ValueError, TypeError) as error:
@@ -1145,7 +1286,7 @@ def our_settings(run: dict, cpu: bool, has_eval: bool) -> dict:
         "num_train_epochs": settings["epochs"],
         "max_steps": settings["max_steps"] or -1,
         "per_device_train_batch_size": settings["batch_size"],
-        "gradient_accumulation_steps": settings["gradient_accumulation"],
+        "gradient_accumulation_steps": accumulation_of(run),
         "learning_rate": settings["learning_rate"],
         # 8-bit Adam on the CPU too: a rehearsal runs the code that the GPU will run.
         "optim": "adamw_8bit" if settings["method"] == "qlora" else "adamw_torch_fused",
@@ -1161,7 +1302,18 @@ def our_settings(run: dict, cpu: bool, has_eval: bool) -> dict:
         "disable_tqdm": True,
         "report_to": settings["tracking"],
         "trackio_static_space_id": False,  # otherwise a public Space, made with the caller's token
+        **distributed_settings(run),
     }
+
+
+def distributed_settings(run: dict) -> dict:
+    """What several processes need to be told."""
+    if processes_of(run) == 1:
+        return {}
+    config = read_json(Path(run["launched"]["base"]) / "config.json")
+    # Looking for weights that a step did not touch costs a pass over the graph; only these bases can have some.
+    partial = "vision_config" in config or "expert" in json.dumps(list(config) + list(config.get("text_config") or {}))
+    return {"ddp_find_unused_parameters": partial}
 
 
 def lora_config(settings: dict, base: Path) -> Any:
@@ -1273,17 +1425,39 @@ def make_trainer(
         # bitsandbytes repacks a CPU weight when it is first evaluated, and from then on passes no gradient through it.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    if (processes := settings.world_size) > 1:
+        trainer.train_dataset, trainer.fillers = filled(trainer.train_dataset, settings.train_batch_size * processes)
+        if eval_set is not None:
+            trainer.eval_dataset, _ = filled(trainer.eval_dataset, settings.eval_batch_size * processes)
     reporter = type("Reporter", (Reporter, TrainerCallback), {})(run, trainer)
     trainer.add_callback(reporter)
     trainer.remove_callback(PrinterCallback)  # its lines would repeat ours
     return trainer, reporter
 
 
+def filled(data: Any, multiple: int) -> tuple[Any, int]:
+    """`data` with as many rows more as make a multiple, and how many.
+
+    Every process needs as many full batches as the others. Accelerate repeats rows from the beginning; ours are two
+    tokens without a label, so that nothing is learned or evaluated twice.
+    """
+    from datasets import Dataset, concatenate_datasets
+
+    missing = -len(data) % multiple
+    if not missing:
+        return data, 0
+    columns = {"input_ids": data[0]["input_ids"][:1] * 2, "labels": [IGNORED] * 2, "seq_lengths": [2]}
+    row = {name: [columns[name]] * missing for name in data.column_names}
+    return concatenate_datasets([data, Dataset.from_dict(row, features=data.features)]), missing
+
+
 class TrainerChanges:
     """What differs from SFTTrainer: the order of the rows, an evaluation loss per token, and token counts."""
 
-    tokens_seen: Any = 0
-    tokens_trained: Any = 0
+    tokens_seen = tokens_trained = 0  # by all processes, up to the last finished step
+    step_seen: Any = 0
+    step_trained: Any = 0
+    fillers = 0
     trained_per_eval_row: float = 0.0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> "LongestFirst":
@@ -1292,7 +1466,8 @@ class TrainerChanges:
         rows = (train_dataset or self.train_dataset).with_format("arrow")[:]
         lengths = list_value_length(rows["input_ids"]).to_pylist()
         batch = self.args.per_device_train_batch_size
-        return LongestFirst(lengths, batch, batch * self.args.gradient_accumulation_steps, self.args.seed)
+        per_step = batch * self.args.gradient_accumulation_steps * self.args.world_size
+        return LongestFirst(lengths, batch, per_step, self.args.seed, self.fillers)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         before = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
@@ -1309,12 +1484,13 @@ class TrainerChanges:
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         if model.training:
-            mask = inputs.get("attention_mask")
-            self.tokens_seen += inputs["input_ids"].numel() if mask is None else mask.sum()
-            self.tokens_trained += (inputs["labels"][:, 1:] != IGNORED).sum()
+            mask, counts = inputs.get("attention_mask"), inputs["labels"] != IGNORED
+            self.step_seen += inputs["input_ids"].numel() if mask is None else mask[counts.any(dim=1)].sum()
+            self.step_trained += counts[:, 1:].sum()
         else:
-            # Trainer averages over rows. Divided by the mean tokens of a row, that is the average over tokens.
-            num_items_in_batch = len(inputs["labels"]) * self.trained_per_eval_row
+            # Trainer averages over rows. Divided by the mean tokens of a row, that is the average over tokens. TRL
+            # multiplies by the number of processes, as it expects a count over all of them.
+            num_items_in_batch = len(inputs["labels"]) * self.trained_per_eval_row * self.args.world_size
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
@@ -1325,8 +1501,9 @@ class LongestFirst:
     at the end of the first.
     """
 
-    def __init__(self, lengths: list[int], batch: int, per_step: int, seed: int) -> None:
+    def __init__(self, lengths: list[int], batch: int, per_step: int, seed: int, fillers: int = 0) -> None:
         self.lengths, self.batch, self.per_step, self.seed, self.epoch = lengths, batch, per_step, seed, 0
+        self.fillers = fillers  # rows at the end of the data that stay there
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -1335,7 +1512,7 @@ class LongestFirst:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        order = list(range(len(self.lengths)))
+        order = list(range(len(self.lengths) - self.fillers))
         random.Random(f"{self.seed} {self.epoch}").shuffle(order)
         if self.epoch == 0:
             longest = sorted(order, key=lambda row: -self.lengths[row])[: 2 * self.batch]
@@ -1343,7 +1520,7 @@ class LongestFirst:
             rest = [row for row in order if row not in taken]
             filler = self.per_step - self.batch
             order = longest[: self.batch] + rest[:filler] + longest[self.batch :] + rest[filler:]
-        return iter(order)
+        return iter(order + list(range(len(order), len(self.lengths))))
 
 
 class Pusher:
@@ -1417,18 +1594,25 @@ class Reporter:
         # of the held-out rows.
         args.eval_steps = min(epoch, args.save_steps * math.ceil(self.total / args.save_steps / 10))
         self.first_step, self.interrupted = 0, False
-        self.pusher = Pusher(run) if run["output"].get("repo") else None
+        self.pusher = Pusher(run) if run["output"].get("repo") and rank() == 0 else None
         self.busy_s = self.busy_tokens = 0.0  # training alone, in this attempt
-        self.logged_s = self.logged_tokens = self.step_s = self.step_tokens = 0.0
+        self.logged_s = self.logged_tokens = self.step_s = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.step_s, self.step_tokens = time.monotonic(), float(self.trainer.tokens_seen)
+        self.step_s = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.pusher and self.pusher.superseded:
-            raise self.pusher.superseded  # every further step would be paid twice
-        self.busy_tokens += float(self.trainer.tokens_seen) - self.step_tokens
+        trainer, lost = self.trainer, self.pusher.superseded if self.pusher else None
+        # All processes stop after the same step: one that went on would wait for the others for ever.
+        told = [trainer.step_seen, trainer.step_trained, self.interrupted, lost is not None]
+        seen, trained, interrupted, superseded = summed(told, args.device)
+        if superseded:
+            raise lost or Superseded({})  # every further step would be paid twice
+        trainer.step_seen = trainer.step_trained = 0
+        trainer.tokens_seen, trainer.tokens_trained = trainer.tokens_seen + seen, trainer.tokens_trained + trained
+        self.busy_tokens += seen
         self.busy_s += time.monotonic() - self.step_s
+        self.interrupted = bool(interrupted)
         if self.interrupted:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
@@ -1457,6 +1641,9 @@ class Reporter:
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         folder = checkpoints(self.run) / f"checkpoint-{state.global_step}"
+        self.trainer.accelerator.wait_for_everyone()  # each process writes a part of it
+        if rank() > 0:
+            return
         mark_complete(self.run, folder, self.trainer)
         if self.pusher:
             self.pusher.put(folder)
@@ -1488,7 +1675,7 @@ def run_training(run: dict, trainer: Any, reporter: Any) -> None:
     end = math.inf
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
     try:
-        resume(last_checkpoint(run), trainer, reporter)
+        resume(chosen_checkpoint(run), trainer, reporter)
     finally:
         signal.alarm(0)
         for number, handler in before.items():
@@ -1516,6 +1703,14 @@ def resume(checkpoint: Path | None, trainer: Any, reporter: Any) -> None:
     else:  # killed after the last step and before the manifest: `train` would add a step
         trainer._load_from_checkpoint(str(checkpoint))
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+
+def chosen_checkpoint(run: dict) -> Path | None:
+    """The checkpoint to go on from. Several processes are told which: looking removes those that are incomplete."""
+    if "launched" not in run:
+        return last_checkpoint(run)
+    chosen = run["launched"]["checkpoint"]
+    return Path(chosen) if chosen else None
 
 
 def checkpoints(run: dict) -> Path:
