@@ -17,8 +17,10 @@ from pipeline.experiment import Experiment, Method
 from pipeline.facts import FinishedRun
 from pipeline.flavors import CONTAINER_START_S, FLAVORS, Flavor
 from pipeline.models import ModelShape
+from pipeline.parallel import ALONE, Parallel, Sharing, parallel_of
 
 BAND, CORRECTED_BAND = 0.5, 0.25  # The expected duration may be off by this part, each way.
+SEVERAL_BAND = 0.7  # … on several GPUs, whose links nobody measured for us
 # Dense bf16 rate of the vendors' data sheets, TFLOP/s. A T4 has no bf16 tensor cores: its fp32 rate.
 TFLOPS = {"T4": 8.1, "L4": 121, "A10G": 70, "L40S": 362, "A100": 312, "H200": 989, "RTX PRO 6000": 500}
 GB_PER_S = {"T4": 320, "L4": 300, "A10G": 600, "L40S": 864, "A100": 2039, "H200": 4800, "RTX PRO 6000": 1792}
@@ -30,6 +32,14 @@ LAUNCH_S_PER_LAYER = 0.005  # a micro-batch never takes less: the GPU waits for 
 DEQUANT_S_PER_WEIGHT = 32e-12  # 4-bit to bf16, three times a micro-batch, at the A100's memory bandwidth
 PACKED = 0.97  # part of a packed row that best-fit-decreasing fills
 STAGE_BYTES_PER_S = {"merge": 100e6, "gguf": 45e6, "evaluate": 30e6}  # of base weights in bf16, on 8 vCPUs
+# Part of N times the speed that N GPUs reach: Li et al. 2020, "PyTorch Distributed" (PVLDB 13), found nearly all for
+# DDP; Mark III Systems measured a little over 6 times with 8 V100 under DeepSpeed ZeRO 2. They also wait for the
+# longest rows among them.
+SEVERAL = 0.8
+# What sharded layers travel over, each way, from the vendors' data sheets: NVLink, or PCIe of the card's generation.
+# Half of it is taken to be reached.
+LINK_GB_PER_S = {"A100": 300, "H200": 450, "RTX PRO 6000": 64, "L4": 32, "A10G": 32, "L40S": 32}
+LINK_REACHED = 0.5
 DOWNLOAD_BYTES_PER_S = 200e6  # from the Hub into a job, loading included
 CORRECTION_LIMITS = (0.2, 5.0)
 
@@ -58,18 +68,25 @@ def estimate_train_seconds(
     flavor: Flavor,
     finished: Sequence[FinishedRun] = (),
 ) -> float:
-    """Seconds of training on one GPU (the script uses one of a flavor), corrected by runs of the same kind."""
-    train = experiment.train
+    """Seconds of training on the GPUs of a flavor, corrected by runs of the same kind."""
+    train, parallel = experiment.train, parallel_of(experiment, shape, flavor)
     per_pass, length = _micro_batches(experiment, data)
     batches = per_pass * train.epochs if train.max_steps is None else train.max_steps * train.gradient_accumulation
     batches += _evaluating(experiment, data, per_pass, batches)
-    seconds = batches * _micro_batch_seconds(train.method, shape, train.batch_size, length, flavor)
-    ratio = correction(finished, "train", train.method, flavor.gpu)
-    return seconds * (ratio or 1.0)
+    each = _micro_batch_seconds(train.method, shape, train.batch_size, length, flavor)
+    if parallel.gpus > 1:
+        each = max(each, _link_seconds(train.method, shape, flavor, parallel)) / (parallel.gpus * SEVERAL)
+    ratio = correction(finished, "train", train.method, gpus_of(flavor))
+    return batches * each * (ratio or 1.0)
 
 
 def estimate_cost(
-    seconds: float | None, timeout_s: int, flavor: Flavor, setup_s: float = 0.0, corrected: bool = False
+    seconds: float | None,
+    timeout_s: int,
+    flavor: Flavor,
+    setup_s: float = 0.0,
+    corrected: bool = False,
+    parallel: Parallel = ALONE,
 ) -> CostEstimate:
     """Price of one stage: expected from `seconds` of work, worst case from its timeout.
 
@@ -79,7 +96,7 @@ def estimate_cost(
     needed = None if seconds is None else seconds + setup_s + CONTAINER_START_S
     total = None if needed is None else min(needed, timeout_s)
     expected = None if total is None else billed_usd(total, flavor)
-    band = CORRECTED_BAND if corrected else BAND
+    band = CORRECTED_BAND if corrected else SEVERAL_BAND if parallel.gpus > 1 else BAND
     return CostEstimate(total, timeout_s, expected, billed_usd(timeout_s, flavor), band, needed)
 
 
@@ -102,7 +119,12 @@ def finished_run(manifest: Mapping[str, Any]) -> FinishedRun | None:
     work = seconds - CONTAINER_START_S  # a manifest's duration begins when the script starts
     if work <= 0 or actual <= 0 or manifest.get("attempt", 1) != 1:  # a resumed attempt did only a part
         return None
-    return FinishedRun(str(manifest.get("stage")), str(predicted.get("method", "")), flavor.gpu, work, actual)
+    return FinishedRun(str(manifest.get("stage")), str(predicted.get("method", "")), gpus_of(flavor), work, actual)
+
+
+def gpus_of(flavor: Flavor) -> str | None:
+    """The GPUs of a flavor, `A100` or `4x A100`: what a finished run says, it says about as many of the same kind."""
+    return f"{flavor.gpus}x {flavor.gpu}" if flavor.gpus > 1 else flavor.gpu
 
 
 def correction(finished: Iterable[FinishedRun], stage: str, method: str, gpu: str | None) -> float | None:
@@ -162,6 +184,18 @@ def _micro_batch_seconds(method: Method, shape: ModelShape, rows: int, length: f
         quantised = shape.linear - shape.expert_linear - shape.other_linear
         seconds += quantised * DEQUANT_S_PER_WEIGHT * GB_PER_S["A100"] / GB_PER_S[flavor.gpu]
     return seconds
+
+
+def _link_seconds(method: Method, shape: ModelShape, flavor: Flavor, parallel: Parallel) -> float:
+    """Seconds in which the layers of a sharded model travel: gathered twice and, where all learn, reduced once.
+
+    Work and travel go on side by side, so a micro-batch takes the longer of the two. The gradients of copies are small.
+    """
+    if parallel.sharing is not Sharing.PARTS or flavor.gpu is None:
+        return 0.0
+    trips = 3 if method is Method.FULL else 2
+    sent = trips * 2 * shape.parameters * (parallel.gpus - 1) / parallel.gpus
+    return sent / (LINK_GB_PER_S[flavor.gpu] * 1e9 * LINK_REACHED)
 
 
 def billed_usd(seconds: float, flavor: Flavor) -> float:

@@ -137,7 +137,7 @@ class Train(Section):
     max_steps: PositiveInt | None = Field(None, description="Stop after this many optimizer steps instead of `epochs`.")
     max_length: Annotated[int, Field(ge=8, le=1_048_576), WHOLE] = Field(2048, description="Tokens kept of a row.")
     batch_size: PositiveInt = Field(1, description="Rows a GPU holds at once.")
-    gradient_accumulation: PositiveInt = Field(8, description="Batches summed before the weights move.")
+    gradient_accumulation: PositiveInt = Field(8, description="Batches summed before the weights move, over all GPUs.")
     learning_rate: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = Field(2e-4, description="Peak step size.")
     loss_on: LossOn = Field(
         LossOn.ASSISTANT, description="`assistant`: every reply; `completion`: the last one; `all`: every token."

@@ -3,9 +3,10 @@
 from dataclasses import dataclass, replace
 
 from pipeline.experiment import Experiment
-from pipeline.flavors import Flavor, gpu_flavors
+from pipeline.flavors import FLAVORS, Flavor, gpu_flavors
 from pipeline.memory import MemoryEstimate, MemorySpec, estimate_need, spec_of
 from pipeline.models import ModelShape
+from pipeline.parallel import ALONE, Parallel, estimate_memory, need_of, parallel_of
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 STEP, LONGEST = 64, 1_048_576  # tokens: a hint is a round number, and no row may be longer than the schema allows
@@ -28,27 +29,31 @@ def fit_table(spec: MemorySpec, shape: ModelShape, lengths: tuple[int, ...] = LE
     """Every single-GPU flavor, cheapest first, with what training needs at each length."""
     one = replace(spec, gpus=1)
     needs = tuple((length, estimate_need(replace(one, seq=length), shape)) for length in lengths)
-    return tuple(Fit(flavor, needs, _largest(one, shape, flavor)) for flavor in gpu_flavors())
+    return tuple(Fit(flavor, needs, _largest(one, shape, flavor, ALONE)) for flavor in gpu_flavors())
 
 
 def largest_max_length(experiment: Experiment, shape: ModelShape, flavor: Flavor) -> int | None:
     """The largest `max_length` with which this experiment surely fits the flavor; None when none does."""
-    spec = replace(spec_of(experiment, shape), gpus=max(flavor.gpus, 1))
-    return _largest(spec, shape, flavor)
+    return _largest(spec_of(experiment, shape), shape, flavor, parallel_of(experiment, shape, flavor))
 
 
 def cheapest_flavor(experiment: Experiment, shape: ModelShape) -> Flavor | None:
-    """The cheapest single-GPU flavor that this experiment surely fits, or None."""
+    """The cheapest single-GPU flavor that this experiment surely fits; else the cheapest with several; or None."""
     need = estimate_need(replace(spec_of(experiment, shape), gpus=1), shape)
-    return next((flavor for flavor in gpu_flavors() if need.fits(flavor)), None)
+    if one := next((flavor for flavor in gpu_flavors() if need.fits(flavor)), None):
+        return one
+    batches = experiment.train.gradient_accumulation
+    several = [f for f in FLAVORS.values() if f.gpus > 1 and batches % f.gpus == 0]
+    fitting = [f for f in several if estimate_memory(experiment, shape, f).fits(f)]
+    return min(fitting, key=lambda flavor: flavor.usd_per_hour, default=None)
 
 
-def _largest(spec: MemorySpec, shape: ModelShape, flavor: Flavor) -> int | None:
+def _largest(spec: MemorySpec, shape: ModelShape, flavor: Flavor, parallel: Parallel) -> int | None:
     """Search by halves: more tokens never need less."""
     low, high = 0, LONGEST // STEP
     while low < high:
         middle = (low + high + 1) // 2
-        if estimate_need(replace(spec, seq=middle * STEP), shape).fits(flavor):
+        if need_of(replace(spec, seq=middle * STEP), shape, parallel).fits(flavor):
             low = middle
         else:
             high = middle - 1

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from pipeline.experiment import Experiment, Method
 from pipeline.flavors import FLAVORS, Flavor
-from pipeline.memory import CUDA_CONTEXT_GIB, GIB, estimate_memory
+from pipeline.memory import CUDA_CONTEXT_GIB, GIB
 from pipeline.models import ModelShape
+from pipeline.parallel import Sharing, estimate_memory, parallel_of
 
 STAGES = ("train", "merge", "gguf", "evaluate")
 # Installed packages: 1.7 GB measured with torch's CPU build (docs/benchmarks.md). A job gets PyPI's torch, which brings
@@ -50,11 +51,21 @@ def disk_gb(stage: str, experiment: Experiment, shape: ModelShape) -> Need:
 
 
 def ram_gib(stage: str, experiment: Experiment, shape: ModelShape, on_gpu: bool) -> Need:
-    """Host memory of a stage, GiB. `on_gpu`: its flavor has a GPU, which then holds the model."""
-    held = LIBRARIES_GIB[stage] + _tensors_gib(stage, experiment, shape, on_gpu)
+    """Host memory of a stage, GiB. `on_gpu`: its flavor has a GPU, which then holds the model.
+
+    Each process that trains has libraries, and the one that started them. TRL 1.16 loads a bf16 base for copies in host
+    memory, in every process; of a sharded one the first process alone holds all.
+    """
+    held, tensors = LIBRARIES_GIB[stage], _tensors_gib(stage, experiment, shape, on_gpu)
     if on_gpu and stage in ("train", "evaluate"):
         held += CUDA_HOST_GIB
-    return Need(held, held * SPARE)
+    parallel = parallel_of(experiment, shape)
+    if stage == "train" and on_gpu and parallel.gpus > 1:
+        held = parallel.gpus * held + LIBRARIES_GIB[stage]
+        if parallel.sharing is Sharing.PARTS or experiment.train.method is Method.LORA:
+            tensors = weights_gb(shape) * 1e9 / GIB
+        tensors *= 1 if parallel.sharing is Sharing.PARTS else parallel.gpus
+    return Need(held + tensors, (held + tensors) * SPARE)
 
 
 def evaluate_vram_gib(shape: ModelShape) -> Need:

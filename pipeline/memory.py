@@ -130,13 +130,8 @@ class MemoryEstimate:
         return False if self.low > flavor.vram_gib else None
 
 
-def estimate_memory(experiment: Experiment, shape: ModelShape) -> MemoryEstimate:
-    """Predicted need of the train stage on each GPU of its flavor, in GiB."""
-    return estimate_need(spec_of(experiment, shape), shape)
-
-
 def estimate_need(spec: MemorySpec, shape: ModelShape) -> MemoryEstimate:
-    """Predicted need of one GPU, in GiB."""
+    """Predicted need of one GPU that holds all of the model, in GiB; pipeline/parallel.py knows those that do not."""
     kept, layer, head = _checkpoints(spec, shape), _layer(spec, shape), _head(spec, shape)
     weights, trained, state = _weights(spec, shape), _trained(spec, shape), _state(spec, shape)
     return MemoryEstimate(

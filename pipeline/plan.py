@@ -7,13 +7,22 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from pipeline.cost import CostEstimate, correction, estimate_cost, estimate_train_seconds, setup_seconds, stage_seconds
+from pipeline.cost import (
+    CostEstimate,
+    correction,
+    estimate_cost,
+    estimate_train_seconds,
+    gpus_of,
+    setup_seconds,
+    stage_seconds,
+)
 from pipeline.errors import UserError
 from pipeline.experiment import Evaluate, Experiment, Gguf, Merge, Method, Train, nearest
 from pipeline.facts import Facts
 from pipeline.fields import is_path
 from pipeline.flavors import FLAVORS, Flavor
-from pipeline.memory import MemoryEstimate, estimate_memory
+from pipeline.memory import MemoryEstimate
+from pipeline.parallel import ALONE, Parallel, estimate_memory, parallel_of
 
 # What a section of the file says that decides the result. Flavor, timeout, budget and names do not.
 NOT_IN_FINGERPRINT = {"flavor", "timeout", "tracking", "save_steps"}
@@ -46,6 +55,7 @@ class Stage:
     timeout_s: int
     cost: CostEstimate
     memory: MemoryEstimate | None = None
+    parallel: Parallel = ALONE
 
 
 @dataclass(frozen=True)
@@ -141,7 +151,7 @@ def make_plan(experiment: Experiment, facts: Facts) -> Plan:
         files = len(section.quants) + 1 if isinstance(section, Gguf) else 1
         flavor = flavor_named(section.flavor, name)
         seconds = stage_seconds(name, facts.shape, files)
-        ratio = correction(facts.finished, name, experiment.train.method, flavor.gpu)
+        ratio = correction(facts.finished, name, experiment.train.method, gpus_of(flavor))
         seconds = seconds * ratio if seconds and ratio else seconds
         cost = estimate_cost(seconds, section.timeout, flavor, corrected=ratio is not None)
         stages.append(Stage(name, SCRIPTS[name], flavor, section.timeout, cost))
@@ -182,12 +192,13 @@ def _train_stage(experiment: Experiment, facts: Facts) -> Stage:
     seconds = None
     if facts.shape and facts.dataset:
         seconds = estimate_train_seconds(experiment, facts.shape, facts.dataset, flavor, facts.finished)
-    known = correction(facts.finished, StageName.TRAIN, train.method, flavor.gpu) is not None
+    known = correction(facts.finished, StageName.TRAIN, train.method, gpus_of(flavor)) is not None
     memory = estimate_memory(experiment, facts.shape) if facts.shape else None
     setup_s = setup_seconds(facts.shape) if facts.shape else 0.0
-    cost = estimate_cost(seconds, train.timeout, flavor, setup_s, known)
+    parallel = parallel_of(experiment, facts.shape)
+    cost = estimate_cost(seconds, train.timeout, flavor, setup_s, known, parallel)
     script = train.script or SCRIPTS[StageName.TRAIN]
-    return Stage(StageName.TRAIN, script, flavor, train.timeout, cost, memory)
+    return Stage(StageName.TRAIN, script, flavor, train.timeout, cost, memory, parallel)
 
 
 def _after_training(experiment: Experiment) -> list[tuple[StageName, Merge | Gguf | Evaluate]]:

@@ -11,7 +11,7 @@ from pipeline.memory import spec_of
 from pipeline.models import ModelShape
 from pipeline.plan import Plan
 from pipeline.plan_changes import decides, flat, shown
-from pipeline.plan_preview import Preview
+from pipeline.plan_preview import Preview, gpus_line
 from pipeline.progress import duration
 
 FITS = {True: "fits", None: "may not fit"}
@@ -74,6 +74,8 @@ def estimate_basis(preview: Preview) -> str:
         base = code(plan.experiment.base.model)
         known = f"from the shape of {base}, ±{train.memory.band:.0%}" if train.memory else f"no config.json of {base}"
         lines.append(f"- **Memory**: {known}; not measured.")
+    if shared := gpus_line(plan):
+        lines.append(f"- **GPUs**: {shared}")
     lines.append(f"- **Tokens**: {_token_basis(preview)}.")
     lines.append(
         f"- **Time**: arithmetic of the model over the speed of the flavor, ±{train.cost.band:.0%}, with "

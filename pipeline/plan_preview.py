@@ -11,6 +11,7 @@ from pipeline.experiment import Experiment
 from pipeline.facts import Facts
 from pipeline.flavors import AS_OF
 from pipeline.markdown import code, defang, money, percent, plural, quote, table
+from pipeline.parallel import Sharing
 from pipeline.plan import Plan, Stage
 from pipeline.plan_changes import Changes, plan_hash
 from pipeline.progress import duration
@@ -116,12 +117,26 @@ def render_plan(preview: Preview) -> str:
         stage_table(plan.stages),
         _data_line(preview.facts.dataset),
         _memory_line(train),
+        gpus_line(plan),
         _changes_line(preview.changes),
     ]
     memory_band = f"memory ±{train.memory.band:.0%}, " if train.memory else ""
     bands = f"{memory_band}durations ±{train.cost.band:.0%}, prices of {AS_OF}"
     parts.append(f"<sub>Estimates: {bands}. Fingerprint `{plan.fingerprint}`.</sub>")
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def gpus_line(plan: Plan) -> str:
+    """How several GPUs share a step, and that the result does not depend on it; empty for one."""
+    train, parallel = plan.experiment.train, plan.stages[0].parallel
+    if parallel.gpus < 2:
+        return ""
+    held = "a part of the model" if parallel.sharing is Sharing.PARTS else "all of the model"
+    total, share = train.gradient_accumulation, train.gradient_accumulation / parallel.gpus
+    return (
+        f"{parallel.gpus} GPUs share each step ({parallel.sharing}: each holds {held}), {share:g} of its {total} "
+        f"batches of {plural(train.batch_size, 'row')} for each: one GPU would learn the same."
+    )
 
 
 def stage_table(stages: Sequence[Stage]) -> str:
@@ -198,6 +213,7 @@ def _stage_as_dict(stage: Stage) -> dict[str, Any]:
         "worst_usd": stage.cost.worst_usd,
         "memory_gib": stage.memory and round(stage.memory.total, 2),
         "memory_band": stage.memory and stage.memory.band,
+        **({"gpus": stage.parallel.gpus, "sharing": stage.parallel.sharing} if stage.parallel.gpus > 1 else {}),
     }
 
 
@@ -212,7 +228,8 @@ def _fit_words(train: Stage) -> str:
         return f"Trains on `{flavor.name}`, without a GPU."
     if memory is None:
         return f"Memory on `{flavor.name}` is not known: no config.json of this base at hand."
-    return f"**{verdict_of(train).capitalize()}** `{flavor.name}`: about {memory.total:.1f} of {flavor.vram_gib:g} GiB."
+    room = f"{memory.total:.1f} of {flavor.vram_gib:g} GiB{train.parallel.words}"
+    return f"**{verdict_of(train).capitalize()}** `{flavor.name}`: about {room}."
 
 
 def _memory_line(train: Stage) -> str:
@@ -220,7 +237,7 @@ def _memory_line(train: Stage) -> str:
     if memory is None or train.flavor.gpu is None:
         return ""
     return (
-        f"Memory of training: {memory.total:.1f} GiB ({memory.low:.1f} to {memory.high:.1f}): "
+        f"Memory of training{train.parallel.words}: {memory.total:.1f} GiB ({memory.low:.1f} to {memory.high:.1f}): "
         f"weights {memory.weights:.1f}, activations {memory.activations:.1f}, head {memory.head:.1f}, "
         f"adapter and optimizer {memory.adapter + memory.optimizer:.1f}, CUDA {memory.context:.1f}."
     )

@@ -144,7 +144,7 @@ def _stage_row(stage: Stage) -> tuple[str, ...]:
 def _memory(stage: Stage) -> str:
     if stage.memory is None or stage.flavor.gpu is None:
         return ""
-    return f"{stage.memory.total:.1f} of {stage.flavor.vram_gib:g} GiB"
+    return f"{stage.memory.total:.1f} of {stage.flavor.vram_gib:g} GiB{stage.parallel.words}"
 
 
 def _not_counted(facts: Facts) -> str:

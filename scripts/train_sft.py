@@ -27,7 +27,8 @@ tokens and labels, load the base, train, check the result, write it, write `mani
 
 With `processes` above 1 in run.json the script checks, then starts itself so many times under `torch.distributed.run`,
 one process per GPU (gloo on the CPU). `gradient_accumulation` counts the batches of a step over all of them, so that
-the same experiment learns the same on any number of GPUs. Only the first process reports, pushes and writes.
+the same experiment learns the same on any number of GPUs. Only the first process reports, pushes and writes. With
+`sharded` each holds a part of weights, gradients and optimizer (FSDP2) instead of all (DDP).
 
 Killed runs go on from the last complete checkpoint in `work/checkpoints`, or in the output repo where there is one.
 Exit codes: 0 done, or another job does it, 1 training failed (not a number, or nothing learned) or a bug, 2 the
@@ -83,12 +84,12 @@ train_sampling_strategy push_to_hub hub_strategy hub_token hub_private_repo hub_
 trackio_space_id trackio_static_space_id save_strategy save_total_limit save_only_model resume_from_checkpoint
 load_best_model_at_end eval_strategy eval_steps do_eval per_device_eval_batch_size eval_packing disable_tqdm
 logging_strategy logging_steps logging_nan_inf_filter dataset_kwargs dataset_text_field chat_template_path eos_token
-pad_token
+pad_token fsdp fsdp_config deepspeed parallelism_config average_tokens_across_devices
 """
 OWNED_LOADING = ("dtype", "torch_dtype", "quantization_config", "device_map", "revision", "trust_remote_code")
 # A CPU run (a rehearsal) leaves these out with a warning, instead of failing on them.
 GPU_ONLY = ("tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode", "activation_offloading")
-GPU_ONLY += ("use_liger_kernel", "liger_kernel_config", "fsdp", "fsdp_config", "deepspeed")
+GPU_ONLY += ("use_liger_kernel", "liger_kernel_config")
 GPU_ONLY_LOADING = ("attn_implementation", "use_kernels")
 BASE_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 # Second copies of the weights in Mistral's and Meta's repos: as large as the base, and never read.
@@ -1100,7 +1101,7 @@ def end_with_parent(run: dict) -> None:
     """A process must not train on when the one that started it is killed: nobody could stop it, and it holds a GPU."""
 
     def watch() -> None:
-        while not STOPPED.wait(1):
+        while not STOPPED.wait(0.2):
             if os.getppid() != run["launched"]["parent"]:
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -1133,9 +1134,10 @@ def train(run: dict, base: Path, train_rows: list[Row], eval_rows: list[Row], st
     run_training(run, trainer, reporter)
     emit("phase", name="save")
     check_weights(trainer.model)
+    state = gathered(trainer.model)
     if rank() > 0:
         return
-    save(run, trainer.model, base)
+    save(run, trainer.model, base, state)
     metrics = collect_metrics(trainer, reporter) | {"rows": len(train_rows), "eval_rows": len(eval_rows), **counts}
     write_card(run, metrics)
     log = trainer.state.log_history
@@ -1251,10 +1253,15 @@ def sft_config(run: dict, has_eval: bool) -> Any:
             emit("warning", message=f"`{key}: {options.pop(key)}` needs a GPU: left out on the CPU")
     # One device, whole: with "auto" a model that does not fit would move to the CPU in silence, and train for days.
     loading |= {"dtype": "bfloat16"} | ({} if cpu else {"device_map": {"": int(os.environ.get("LOCAL_RANK", 0))}})
+    if run.get("sharded"):
+        sft |= sharded_settings(sft)
     try:
-        return SFTConfig(**{**our_settings(run, cpu, has_eval), **sft, "model_init_kwargs": loading})
+        made = SFTConfig(**{**our_settings(run, cpu, has_eval), **sft, "model_init_kwargs": loading})
     except (ValueError, TypeError) as error:
         raise InputError(f"`train.sft`: {error}", "correct that value") from error
+    if run.get("sharded") and cpu:
+        made.distributed_state.distributed_type = "MULTI_GPU"  # Accelerate 1.15 shards nothing, silently, on CPUs
+    return made
 
 
 def check_keys(sft: dict, known: list[str]) -> None:
@@ -1314,6 +1321,17 @@ def distributed_settings(run: dict) -> dict:
     # Looking for weights that a step did not touch costs a pass over the graph; only these bases can have some.
     partial = "vision_config" in config or "expert" in json.dumps(list(config) + list(config.get("text_config") or {}))
     return {"ddp_find_unused_parameters": partial}
+
+
+def sharded_settings(sft: dict) -> dict:
+    """FSDP2: weights, gradients and optimizer in parts, a layer whole only while it computes."""
+    # Read where the base is loaded: one process reads the weights, and the others get their part of it.
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    checkpointing = sft.get("gradient_checkpointing") is not False
+    config = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": True}
+    config |= {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "activation_checkpointing": checkpointing}
+    # With `bf16` Accelerate makes the weights fp32: four times the optimizer, and another training than on one GPU.
+    return {"fsdp": True, "fsdp_config": config, "gradient_checkpointing": False, "bf16": False}
 
 
 def lora_config(settings: dict, base: Path) -> Any:
@@ -1425,6 +1443,8 @@ def make_trainer(
         # bitsandbytes repacks a CPU weight when it is first evaluated, and from then on passes no gradient through it.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    if trainer.is_fsdp_enabled != bool(run.get("sharded")):
+        raise RuntimeError("this training was to be sharded, and Accelerate does not do it")
     if (processes := settings.world_size) > 1:
         trainer.train_dataset, trainer.fillers = filled(trainer.train_dataset, settings.train_batch_size * processes)
         if eval_set is not None:
@@ -1469,11 +1489,37 @@ class TrainerChanges:
         per_step = batch * self.args.gradient_accumulation_steps * self.args.world_size
         return LongestFirst(lengths, batch, per_step, self.args.seed, self.fillers)
 
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def compute_loss_context_manager(self) -> Any:
+        import torch
+
+        context = super().compute_loss_context_manager()
+        if self.is_fsdp_enabled:  # where Accelerate does not do it: `sharded_settings`
+            context.enter_context(torch.autocast(self.args.device.type, torch.bfloat16))
+        return context
+
+    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(checkpoint, model)
+            return
+        if is_sharded(checkpoint):
+            from accelerate.utils import load_fsdp_model
+
+            load_fsdp_model(shard_reader(), self.accelerator, self.model, checkpoint, adapter_only=True)
+            return
         before = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
-        super()._load_from_checkpoint(*args, **kwargs)
+        super()._load_from_checkpoint(checkpoint, model)
         for name, parameter in self.model.named_parameters():
             parameter.data = parameter.data.to(before[name])  # PEFT loads float32, QLoRA was training bfloat16
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.is_fsdp_enabled or not is_sharded(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        import torch
+        from accelerate.utils import load_fsdp_optimizer
+
+        load_fsdp_optimizer(shard_reader(), self.accelerator, self.optimizer, self.model, checkpoint, adapter_only=True)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict:
         trained = [sum(x != IGNORED for x in labels[1:]) for labels in self.eval_dataset["labels"]]
@@ -1492,6 +1538,18 @@ class TrainerChanges:
             # multiplies by the number of processes, as it expects a count over all of them.
             num_items_in_batch = len(inputs["labels"]) * self.trained_per_eval_row * self.args.world_size
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+def is_sharded(checkpoint: str | Path) -> bool:
+    """Whether processes that hold parts wrote it; any number of them reads it, and one that holds all does too."""
+    return (Path(checkpoint) / "pytorch_model_fsdp_0").is_dir()
+
+
+def shard_reader() -> Any:
+    """What Accelerate wants to know about sharded checkpoints, for a training that is not sharded itself."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    return FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
 
 
 class LongestFirst:
@@ -1757,10 +1815,12 @@ def last_checkpoint(run: dict) -> Path | None:
         mark = read_json(folder / "complete.json")
         sizes = mark.get("files", {})
         whole = all((folder / name).is_file() and (folder / name).stat().st_size == n for name, n in sizes.items())
-        if sizes and whole and mark["fingerprint"] == run["fingerprint"]:
+        readable = is_sharded(folder) or not run.get("sharded")  # the other way round nobody reads it
+        if sizes and whole and mark["fingerprint"] == run["fingerprint"] and readable:
             return folder
         shutil.rmtree(folder)
-        emit("warning", message=f"`{folder.name}` is incomplete or of another run: removed")
+        why = "incomplete or of another run" if readable else "not sharded, and this training is"
+        emit("warning", message=f"`{folder.name}` is {why}: removed")
     return None
 
 
@@ -1769,28 +1829,49 @@ def last_checkpoint(run: dict) -> Path | None:
 
 def check_weights(model: Any) -> None:
     """Raise TrainingFailed unless the trained weights are finite and have moved."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: own_part(p) for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in trained.items():
         if not parameter.isfinite().all():
             raise TrainingFailed(f"the trained weight `{name}` is not finite", "use a lower `train.learning_rate`")
     second = [p for name, p in trained.items() if "lora_B" in name]  # zero until the first update
-    if second and not any(p.any() for p in second):
+    if second and not any(summed([p.any() for p in second], second[0].device)):
         hint = "train for more steps than the warm-up, with a `train.learning_rate` above 0"
         raise TrainingFailed("the adapter is what it was before training: no weight has moved", hint)
 
 
-def save(run: dict, model: Any, base: Path) -> None:
+def own_part(parameter: Any) -> Any:
+    """What this process holds of a parameter: all of it, unless it is sharded."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def gathered(model: Any) -> dict[str, Any] | None:
+    """The weights to save of a sharded model, whole and in host memory, for the first process; None of another model.
+
+    Called by every process: one parameter after the other is put together on its GPU, and leaves it again.
+    """
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    state = {}
+    for name, part in model.state_dict().items():
+        if not hasattr(part, "full_tensor"):
+            return None
+        if name in trained:
+            whole = part.full_tensor().cpu()
+            state |= {name: whole} if rank() == 0 else {}
+    return state
+
+
+def save(run: dict, model: Any, base: Path, state: dict[str, Any] | None) -> None:
     """The adapter, or the whole model with the base's tokenizer files byte for byte. Safetensors only, no pickles."""
     output = Path(run["output"]["path"])
     if run["experiment"]["train"]["method"] == "full":
-        model.save_pretrained(output)
+        model.save_pretrained(output, state_dict=state)
         for path in sorted({p for pattern in TOKENIZER_FILES for p in base.glob(pattern) if p.is_file()}):
             shutil.copyfile(path, output / path.name)
     else:
         config = model.peft_config["default"]
         config.base_model_name_or_path = run["experiment"]["base"]["model"]
         config.revision = run["inputs"]["base"].get("revision") or run["experiment"]["base"]["revision"]
-        model.save_pretrained(output, save_embedding_layers=False)
+        model.save_pretrained(output, save_embedding_layers=False, state_dict=state)
 
 
 def collect_metrics(trainer: Any, reporter: Any) -> dict:

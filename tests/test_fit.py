@@ -8,8 +8,9 @@ from examples import GOOD, changed
 from pipeline.fit import LENGTHS, cheapest_flavor, fit_table, largest_max_length
 from pipeline.flavors import FLAVORS
 from pipeline.loader import parse_experiment
-from pipeline.memory import MemorySpec, estimate_memory
+from pipeline.memory import MemorySpec
 from pipeline.models import CATALOGUE
+from pipeline.parallel import estimate_memory
 
 GEMMA = CATALOGUE["google/gemma-3-12b-it"]
 

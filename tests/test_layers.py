@@ -67,6 +67,7 @@ LAYERS = {
     "fit_request": 3,
     "charts": 1,
     "memory": 1,
+    "parallel": 1,
     "cost": 1,
     "plan": 1,
     "rules": 1,

@@ -10,8 +10,9 @@ from examples import GOOD, changed
 from pipeline.experiment import Method
 from pipeline.flavors import FLAVORS
 from pipeline.loader import parse_experiment
-from pipeline.memory import GIB, Loss, MemoryEstimate, MemorySpec, estimate_memory, estimate_need, spec_of
+from pipeline.memory import GIB, Loss, MemoryEstimate, MemorySpec, estimate_need, spec_of
 from pipeline.models import CATALOGUE, ModelShape, shape_of
+from pipeline.parallel import estimate_memory
 
 GEMMA = CATALOGUE["google/gemma-3-12b-it"]
 LLAMA = CATALOGUE["meta-llama/Llama-3.1-8B-Instruct"]

@@ -15,6 +15,7 @@ from pipeline.rules import ALL_RULES, Subject
 from pipeline.settings import Settings
 
 FACTS = Facts(shape=CATALOGUE["google/gemma-3-12b-it"])
+HUGE = Facts(shape=replace(CATALOGUE["google/gemma-3-27b-it"], layers=200))
 COUNTED = TokenFacts(1000, 1_000_000, 500_000, 2048)
 ROWS = DatasetFacts("rows.jsonl", 1000, 1000, "messages", is_chat=True, tokens=COUNTED)
 SETTINGS = Settings(namespaces=("acme",), max_usd_per_run=50)
@@ -57,6 +58,31 @@ BAD = [
     ("MEM001", "flavor: cpu-xl", "flavor: cpu", FACTS, "there is no flavor `cpu`", "write `flavor: cpu-"),
     ("MEM002", "max_length: 2048", "max_length: 16384", FACTS, "training may need", "write `flavor: "),
     ("MEM002", "max_length: 2048", "max_length: 65536", FACTS, "training needs", "write `flavor: "),
+    (
+        "MEM006",
+        "flavor: a10g-large",
+        "flavor: l40sx8",
+        HUGE,
+        "is not shared: it needs",
+        "write `flavor: a100-large` or `method: lora`",
+    ),
+    (
+        "MEM007",
+        "flavor: a10g-large",
+        "batch_size: 3\n  gradient_accumulation: 2\n  flavor: l4x4",
+        FACTS,
+        "`gradient_accumulation: 2` batches cannot be shared evenly by the 4 GPUs of `l4x4`",
+        "write `gradient_accumulation: 4`",
+    ),
+    (
+        "MEM007",
+        "flavor: a10g-large",
+        "batch_size: 4\n  gradient_accumulation: 1\n  flavor: a10g-largex2",
+        FACTS,
+        "by the 2 GPUs of `a10g-largex2`",
+        "write `gradient_accumulation: 2` and `batch_size: 2`: a step sees the same 4 rows",
+    ),
+    ("MEM008", "flavor: cpu-xl", "flavor: l40sx4", FACTS, "uses one GPU, `l40sx4` has 4", "write `flavor: l40sx1`"),
     (
         "TIM001",
         "max_usd: 10",

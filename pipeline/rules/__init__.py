@@ -36,7 +36,7 @@ from pipeline.rules.experiment import (
     worst_case_within_budget,
 )
 from pipeline.rules.experts import experts_are_left_out
-from pipeline.rules.hardware import training_fits
+from pipeline.rules.hardware import batches_are_shared, gpus_are_used, quantised_base_is_whole, training_fits
 from pipeline.rules.host import disk_suffices, evaluation_fits, ram_suffices
 from pipeline.rules.hub import nothing_secret, repositories_named
 from pipeline.rules.loss import answers_can_be_found, history_is_read_once
@@ -99,6 +99,9 @@ ALL_RULES: tuple[Rule, ...] = (
     Rule("MEM003", disk_suffices),
     Rule("MEM004", ram_suffices),
     Rule("MEM005", evaluation_fits),
+    Rule("MEM006", quantised_base_is_whole),
+    Rule("MEM007", batches_are_shared),
+    Rule("MEM008", gpus_are_used),
     Rule("EXP005", output_is_its_own),
     Rule("EXP006", not_done_before),
     Rule("EXP007", base_has_a_config),

@@ -1,9 +1,11 @@
-"""Rules about memory: does training fit the GPU of its flavor?"""
+"""Rules about GPUs: does training fit those of its flavor, and does it use all of them?"""
 
 from pipeline.errors import Severity
+from pipeline.experiment import Method
 from pipeline.fit import cheapest_flavor, largest_max_length
-from pipeline.flavors import FLAVORS
-from pipeline.memory import estimate_memory
+from pipeline.flavors import FLAVORS, gpu_flavors
+from pipeline.memory import spec_of
+from pipeline.parallel import Parallel, Sharing, estimate_memory, need_of, parallel_of
 from pipeline.rules.rule import Subject, Verdict
 
 
@@ -15,7 +17,7 @@ def training_fits(subject: Subject) -> Verdict | None:
     """
     experiment, shape = subject.file.experiment, subject.facts.shape
     flavor = FLAVORS.get(experiment.train.flavor)
-    if shape is None or flavor is None or flavor.gpu is None:
+    if shape is None or flavor is None or flavor.gpu is None or quantised_base_is_whole(subject):
         return None
     estimate = estimate_memory(experiment, shape)
     fits = estimate.fits(flavor)
@@ -27,8 +29,72 @@ def training_fits(subject: Subject) -> Verdict | None:
     ways += [f"`max_length: {largest}`"] if largest else []
     hint = "write " + " or ".join(ways) if ways else "no flavor fits: write `method: qlora`, or a smaller base"
     word = "needs" if fits is False else "may need"
-    message = (
-        f"training {word} {estimate.low:.1f} to {estimate.high:.1f} GiB, `{flavor.name}` has {flavor.vram_gib:g} GiB"
-    )
+    where = parallel_of(experiment, shape).words
+    needed = f"{estimate.low:.1f} to {estimate.high:.1f} GiB{where}"
+    message = f"training {word} {needed}, `{flavor.name}` has {flavor.vram_gib:g} GiB"
     severity = Severity.ERROR if fits is False else Severity.WARNING
     return Verdict("train.flavor", message, hint, severity)
+
+
+def quantised_base_is_whole(subject: Subject) -> Verdict | None:
+    """A 4-bit base fits every single GPU of its flavor
+
+    Why: FSDP2 cannot share the weights that bitsandbytes packs: accelerate leaves them whole on every GPU. More GPUs
+    make QLoRA faster, they give it no room.
+    Fix: One GPU with more memory, or `method: lora`, whose bf16 base is shared.
+    """
+    experiment, shape = subject.file.experiment, subject.facts.shape
+    parallel, flavor = parallel_of(experiment, shape), FLAVORS.get(experiment.train.flavor)
+    if shape is None or flavor is None or parallel.gpus < 2 or experiment.train.method is not Method.QLORA:
+        return None
+    estimate = estimate_memory(experiment, shape)
+    if estimate.fits(flavor) is not False:
+        return None
+    cheapest = cheapest_flavor(experiment, shape)
+    ways = [f"`flavor: {cheapest.name}`"] if cheapest else []
+    lora = experiment.model_copy(update={"train": experiment.train.model_copy(update={"method": Method.LORA})})
+    if need_of(spec_of(lora, shape), shape, Parallel(flavor.gpus, Sharing.PARTS)).fits(flavor):
+        ways.append("`method: lora`")
+    message = f"a 4-bit base is not shared: it needs {estimate.low:.1f} to {estimate.high:.1f} GiB on each GPU, "
+    message += f"those of `{flavor.name}` have {flavor.vram_gib:g}"
+    hint = "write " + " or ".join(ways) if ways else "no flavor fits: write a smaller `max_length`, or a smaller base"
+    return Verdict("train.flavor", message, hint)
+
+
+def batches_are_shared(subject: Subject) -> Verdict | None:
+    """Every GPU gets as many of a step's batches as the others
+
+    Why: A step's `gradient_accumulation` batches are shared by the GPUs, so that an experiment learns the same on any
+    number of them. With fewer batches than GPUs, some would be paid for and have nothing to do.
+    Fix: A multiple of the number of GPUs; with `batch_size` divided by as much, a step sees the same rows.
+    """
+    train = subject.file.experiment.train
+    parallel = parallel_of(subject.file.experiment, subject.facts.shape)
+    total, gpus = train.gradient_accumulation, parallel.gpus
+    if total % gpus == 0:
+        return None
+    rows = total * train.batch_size
+    same = [n for n in range(gpus, rows + 1, gpus) if n > total and rows % n == 0]
+    hint = f"write `gradient_accumulation: {same[0] if same else -(-total // gpus) * gpus}`"
+    if same:
+        hint += f" and `batch_size: {rows // same[0]}`: a step sees the same {rows} rows"
+    message = f"`gradient_accumulation: {total}` batches cannot be shared evenly by the {gpus} GPUs of `{train.flavor}`"
+    return Verdict("train.gradient_accumulation", message, hint)
+
+
+def gpus_are_used(subject: Subject) -> Verdict | None:
+    """Stages after training have no more GPUs than they use
+
+    Why: Merging and converting compute on the CPU, and an evaluation on one GPU: the others are paid for and idle.
+    Fix: The flavor with one GPU of the kind, or `cpu-upgrade`.
+    """
+    for stage in ("merge", "gguf", "evaluate"):
+        section = getattr(subject.file.experiment, stage)
+        flavor = FLAVORS.get(section.flavor) if section else None
+        if flavor is None or flavor.gpus < 2:
+            continue
+        one = next(f for f in gpu_flavors() if f.gpu == flavor.gpu) if stage == "evaluate" else FLAVORS["cpu-upgrade"]
+        uses = "one GPU" if stage == "evaluate" else "no GPU"
+        message = f"`{stage}` uses {uses}, `{flavor.name}` has {flavor.gpus}"
+        return Verdict(f"{stage}.flavor", message, f"write `flavor: {one.name}` under `{stage}`", Severity.WARNING)
+    return None
