@@ -20,6 +20,7 @@ from pipeline.facts import Facts
 from pipeline.fields import is_path
 from pipeline.loader import ExperimentFile
 from pipeline.local_run import run_locally
+from pipeline.parallel import Parallel, parallel_of
 from pipeline.plan import make_plan
 from pipeline.progress import Display, Progress
 from pipeline.rehearsal_place import placed
@@ -29,7 +30,7 @@ from pipeline.workspace import read_facts
 
 MAKER = "scripts/dev/make_twin.py"
 ROWS, HELD_OUT, PROMPTS, STEPS, ANSWER = 16, 4, 2, 2, 8
-BATCH, ACCUMULATION = 4, 2  # at most: a rehearsal repeats the code, not the work
+BATCH, ACCUMULATION, PROCESSES = 4, 2, 2  # at most: a rehearsal repeats the code, not the work
 TEXT = 600  # characters of a row, shared by its turns: short rows keep two steps short
 MAX_LENGTH = 512  # tokens; rows of TEXT characters fit in it with any tokenizer and chat template
 BIG_VOCAB, BIG_TEXT, BIG_LENGTH = 50_000, 300, 256  # the CPU scores every token of the vocabulary, at every position
@@ -85,7 +86,9 @@ def rehearse(
         watch.begin(None)
         twin_facts = read_facts(experiment, folder)
         plan = make_plan(experiment, twin_facts)
-        run_locally(LocalRun(plan, twin_facts, folder, folder / "runs" / plan.run_id, "cpu"), watch)
+        parallel = _parallel(file.experiment, facts)
+        place = folder / "runs" / plan.run_id
+        run_locally(LocalRun(plan, twin_facts, folder, place, "cpu", parallel=parallel), watch)
     except UserError as error:
         stage = watch.stage
         return RehearsalResult(watch.finish(), (), (), substituted, placed(error, file, stage), folder)
@@ -94,7 +97,13 @@ def rehearse(
         raise
     shutil.rmtree(folder, ignore_errors=True)
     cannot = _cannot(file, spec, watch.warnings)
-    return RehearsalResult(watch.finish(), _proves(experiment, spec), cannot, substituted)
+    return RehearsalResult(watch.finish(), _proves(experiment, spec, parallel), cannot, substituted)
+
+
+def _parallel(experiment: Experiment, facts: Facts) -> Parallel:
+    """Two processes stand for all GPUs of a flavor that has several: they run the code that those will run."""
+    parallel = parallel_of(experiment, facts.shape)
+    return replace(parallel, gpus=min(parallel.gpus, PROCESSES))
 
 
 def lay_out(
@@ -246,9 +255,11 @@ def _build_twin(spec: TwinSpec, root: Path, folder: Path) -> None:
         raise UserError(f"the twin cannot be built: {last}", bare or f"the whole log: `{log}`")
 
 
-def _proves(experiment: Experiment, spec: TwinSpec) -> tuple[str, ...]:
+def _proves(experiment: Experiment, spec: TwinSpec, parallel: Parallel) -> tuple[str, ...]:
     train = experiment.train
     points = [f"`{train.method}` training starts, learns, checkpoints and saves with these settings"]
+    if parallel.gpus > 1:
+        points.append(f"{parallel.gpus} processes share each step ({parallel.sharing}), as the GPUs will")
     if train.sft:
         points.append("the trainer takes every value of `train.sft`: " + ", ".join(train.sft))
     if train.lora and train.lora.targets != "all-linear":

@@ -1086,13 +1086,12 @@ def explain_failure(run: dict, failures: dict[int, Any]) -> int:
 
 def first_failure(run: dict, failures: dict[int, Any]) -> int:
     """The number of the process that ended the others: one that was killed, or whose error came before theirs."""
-    ours = (-signal.SIGTERM, -signal.SIGKILL)  # what the launcher sends to those that are left
     noted = {int(p.name.partition("-")[2]): int(p.read_text()) for p in processes_folder(run).glob("failed-*")}
 
-    def order(number: int) -> tuple[bool, float, int]:
+    def order(number: int) -> tuple[bool, bool, float, int]:
         code = failures[number].exitcode
-        killed = code < 0 and (code not in ours or (code == -signal.SIGKILL and number not in noted))
-        return not killed, noted.get(number, math.inf), number
+        told = code in (130, -signal.SIGTERM)  # by the launcher, once another had ended
+        return told, code > 0, noted.get(number, math.inf), number
 
     return min(failures, key=order)
 

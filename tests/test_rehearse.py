@@ -153,7 +153,15 @@ def outcome(text: str, root: Path) -> Outcome:
     return Outcome(list(result.seconds), *told, failure, log)
 
 
+def several_gpus() -> Outcome:
+    with tempfile.TemporaryDirectory() as folder:
+        text = HERE.replace("lora: {r: 8, targets: all-linear}", "gradient_accumulation: 4").replace("lora", "full")
+        text = text.replace("t4-small", "l4x4").replace("merge: {timeout: 10m}\n", "").replace("[Q8_0]", "[F16]")
+        return outcome(text, small_repository(Path(folder)))
+
+
 CASES: dict[str, Callable[[], Outcome]] = {
+    "several GPUs": several_gpus,
     "bad setting": bad_setting,
     "bad template": bad_template,
     "bad tokenizer": bad_tokenizer,
@@ -211,6 +219,14 @@ def test_a_tokenizer_unknown_to_llama_cpp_is_shown_at_the_base(case: str, rehear
     assert told.failure is not None
     assert told.failure.startswith("error: experiments/it.yaml:3:8: gguf: convert_hf_to_gguf.py failed")
     assert "BPE pre-tokenizer was not recognized" in told.failure
+
+
+@pytest.mark.parametrize("case", ["several GPUs"])
+def test_two_processes_stand_for_several_gpus(case: str, rehearsed: Callable[[str], Outcome]) -> None:
+    done = rehearsed(case)
+    assert done.failure is None, (done.failure, done.log)
+    assert "2 processes share each step (FSDP2), as the GPUs will" in done.proves
+    assert done.stages == ["twin", "train", "gguf"]
 
 
 def test_files_that_were_fetched_take_the_place_of_stand_ins(tmp_path: Path) -> None:

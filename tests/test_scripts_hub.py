@@ -502,6 +502,45 @@ def test_a_training_that_was_replaced_stops(hub: LoopbackHub, tmp_path: Path, ti
     assert titles(hub)[-1] == f"somebody writes {WINNER.format('train')}"
 
 
+def test_halves_of_a_training_go_to_the_hub_and_come_back(
+    hub: LoopbackHub, tmp_path: Path, tiny: dict[str, Path]
+) -> None:
+    """Two processes, one job: one claim, one pusher. The next job finds all parts, and needs no second process."""
+    base, place = add_folder(hub, "acme/tiny", tiny["base"]), f".mergetune/{RUN_ID}/train/checkpoint"
+    train = {"method": "full", "lora": None, "gradient_accumulation": 2, "max_steps": 30}
+    two = {"processes": 2, "sharded": True}
+    stopped = Job(hub, train_run(tmp_path / "one", base, train=train, **two), "job-a")
+    stopped.wait_for("pushed")
+    stopped.process.send_signal(signal.SIGTERM)
+    assert stopped.end() == 130, stopped.log
+    assert titles(hub).count("train of coach-0f3a9c21: job job-a starts") == 1
+    pushed = json.loads(hub.files(REPO)[f"{place}/complete.json"])["step"]
+    assert sum(name.endswith(".distcp") for name in hub.files(REPO)) == 4  # weights and optimizer, a half each
+    assert winner(hub, "train")["job_id"] == "job-a"
+
+    last = Job(hub, train_run(tmp_path / "two", base, attempt=2, train=train), "job-b")
+    assert last.end() == 0, last.log
+    manifest = check_manifest(hub)
+    assert (manifest["resumed_from_step"], manifest["metrics"]["steps"], manifest["job_id"]) == (pushed, 30, "job-b")
+    assert not any(name.startswith(place) for name in hub.files(REPO))
+
+
+def test_all_processes_of_a_training_that_was_replaced_stop(
+    hub: LoopbackHub, tmp_path: Path, tiny: dict[str, Path]
+) -> None:
+    def replace(request: Request) -> None:
+        if request.method == "POST" and "acme/coach/commit/" in request.path and winner(hub, "train")["attempt"] == 1:
+            put_winner(hub, "train", 2, "job-b")
+
+    hub.on_request = replace
+    long = {"max_steps": 2000, "save_steps": 5, "gradient_accumulation": 2}
+    base = add_folder(hub, "acme/tiny", tiny["base"])
+    job = Job(hub, train_run(tmp_path / "run", base, train=long, processes=2), "job-a")
+    assert job.end() == 0, job.log
+    assert [event["winner"]["job_id"] for event in job.events("superseded")] == ["job-b"]
+    assert "Traceback" not in job.log
+
+
 def check_adapter_card(hub: LoopbackHub, base: dict[str, str], local: str) -> None:
     card = hub.files(REPO)["README.md"].decode()
     assert "base_model: acme/tiny\nbase_model_relation: adapter\n" in card

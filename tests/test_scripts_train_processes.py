@@ -158,10 +158,9 @@ def test_processes_end_with_the_script_that_started_them(base: Path, tmp_path: P
 
 
 def test_an_error_in_one_process_ends_the_log(base: Path, tmp_path: Path) -> None:
-    """The second process has no room to load its libraries; what it said is the end of the log, not what followed."""
-    limit = "import os, resource\nif os.environ.get('RANK') == '1':\n    "
-    limit += "resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))\n"
-    (tmp_path / "sitecustomize.py").write_text(limit)
+    """The second process lacks a library; what it said is the end of the log, not what the first said when it fell."""
+    lost = "import os, sys\nif os.environ.get('RANK') == '1':\n    sys.modules['trl'] = None\n"
+    (tmp_path / "sitecustomize.py").write_text(lost)
     data = write_rows(tmp_path / "data.jsonl", conversations(4))
     run = edit(make_run(tmp_path, base, data, gradient_accumulation=2), processes=2)
     command, env = [sys.executable, SCRIPT, run], ONE_THREAD | {"PYTHONPATH": str(tmp_path)}
@@ -169,7 +168,7 @@ def test_an_error_in_one_process_ends_the_log(base: Path, tmp_path: Path) -> Non
     assert done.returncode == 1
     said = done.stderr.partition("process 1 of 2, stderr.log:\n")[2].splitlines()
     assert said[0].startswith("Traceback"), done.stderr
-    assert "Error" in said[-1]
+    assert said[-1].startswith("ModuleNotFoundError: import of trl halted")
 
 
 def test_batches_that_cannot_be_shared_are_refused(base: Path, tmp_path: Path) -> None:
@@ -184,11 +183,8 @@ def test_batches_that_cannot_be_shared_are_refused(base: Path, tmp_path: Path) -
 # Sharded: FSDP2
 
 
-@pytest.mark.parametrize(("method", "close"), [("full", 1e-4), ("lora", 3e-2)])
-def test_two_processes_that_hold_halves_learn_what_one_learns(
-    base: Path, tmp_path: Path, method: str, close: float
-) -> None:
-    """Adapters compute in bfloat16 with other roundings where layers are checkpointed another way, hence `close`."""
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_two_processes_that_hold_halves_learn_what_one_learns(base: Path, tmp_path: Path, method: str) -> None:
     data = write_rows(tmp_path / "data.jsonl", conversations(12))
     changes = {"method": method, "gradient_accumulation": 2, "save_steps": 2}
     runs = {n: make_run(tmp_path / str(n), base, data, 0.2, **changes) for n in (1, 2)}
@@ -202,7 +198,7 @@ def test_two_processes_that_hold_halves_learn_what_one_learns(
     first, second = weights(runs[1]), weights(runs[2])
     assert first.keys() == second.keys()
     for name in first:
-        assert (first[name] - second[name]).norm() < close * first[name].norm(), name
+        assert (first[name] - second[name]).norm() < 2e-4 * first[name].norm(), name
 
 
 def test_halves_that_are_killed_go_on_as_halves_and_as_one(base: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from pipeline.errors import UserError
 from pipeline.events import EVENT_PREFIX
 from pipeline.facts import Facts
 from pipeline.fields import is_path
+from pipeline.parallel import ALONE, Parallel
 from pipeline.plan import Plan, Stage, StageName
 from pipeline.run_json import make_inputs, make_run_json
 
@@ -31,7 +32,10 @@ Manifest = dict[str, Any]
 
 @dataclass(frozen=True)
 class LocalRun:
-    """One run's place on disk. `python` is the interpreter that has the training stack."""
+    """One run's place on disk. `python` is the interpreter that has the training stack, `parallel` how many train.
+
+    Here one process trains whatever the flavor says: a rehearsal alone asks for more.
+    """
 
     plan: Plan
     facts: Facts
@@ -39,6 +43,7 @@ class LocalRun:
     folder: Path
     device: str
     python: str = sys.executable
+    parallel: Parallel = ALONE
 
     def stage_folder(self, stage: StageName) -> Path:
         """Where a stage keeps its run.json, log, scratch and artifact."""
@@ -197,7 +202,8 @@ def _run_json(run: LocalRun, stage: Stage) -> dict[str, Any]:
     attempt = json.loads(previous.read_text(encoding="utf-8"))["attempt"] + 1 if previous.exists() else 1
     output, inputs = {"path": str(run.artifact(stage.name))}, _inputs(run, stage.name)
     work = str(run.stage_folder(stage.name) / "work")
-    return make_run_json(run.plan, stage, attempt, inputs, output, work=work, device=run.device)
+    shared = run.parallel.request() if stage.name is StageName.TRAIN else {}
+    return make_run_json(run.plan, stage, attempt, inputs, output, work=work, device=run.device, **shared)
 
 
 def _environment(run: LocalRun) -> dict[str, str]:

@@ -13,7 +13,7 @@ train_sampling_strategy push_to_hub hub_strategy hub_token hub_private_repo hub_
 trackio_space_id trackio_static_space_id save_strategy save_total_limit save_only_model resume_from_checkpoint
 load_best_model_at_end eval_strategy eval_steps do_eval per_device_eval_batch_size eval_packing disable_tqdm
 logging_strategy logging_steps logging_nan_inf_filter dataset_kwargs dataset_text_field chat_template_path eos_token
-pad_token
+pad_token fsdp fsdp_config deepspeed parallelism_config average_tokens_across_devices
 """
 OWNED = frozenset(_OWNED.split())
 # The schema already refuses its own table; the script also decides `data_seed`, and the rest it owns without a field.
