@@ -1068,7 +1068,7 @@ def launch(run: dict, base: Path, started: float) -> None:
 def explain_failure(run: dict, failures: dict[int, Any]) -> int:
     """Print what the process that failed first said, unless it prints here anyway; returns the exit code."""
     first = first_failure(run, failures)
-    name, code = f"process {first} of {processes_of(run)}", failures[first].exitcode
+    name, code = f"process {first + 1} of {processes_of(run)}", failures[first].exitcode
     if code < 0:
         message = f"{name} was killed by {signal.Signals(-code).name}"
         hint = "if its memory ran out, choose a flavor with more RAM or a smaller `train.batch_size`; look into the log"
@@ -1076,11 +1076,12 @@ def explain_failure(run: dict, failures: dict[int, Any]) -> int:
         print(f"error: {message}\n\nhint: {hint}", file=sys.stderr)
         return 1
     if first != 0:
-        for path in sorted(processes_folder(run).glob(f"**/{first}/std*.log")):
+        for path in sorted(processes_folder(run).glob(f"**/{first}/std*.log"), reverse=True):  # errors last
             text = path.read_bytes()[-TAIL_BYTES:].decode(errors="replace")
             # Its events would count twice; but for errors, which the first process knows nothing of.
             lines = [x for x in text.splitlines() if not x.startswith(EVENT_PREFIX) or '"event": "error"' in x]
-            print(f"{name}, {path.name}:", *lines, sep="\n", file=sys.stderr, flush=True)
+            if lines:
+                print(f"{name}, {path.name}:", *lines, sep="\n", file=sys.stderr, flush=True)
     return code
 
 
@@ -1105,6 +1106,14 @@ def end_with_parent(run: dict) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="parent watch", daemon=True).start()
+
+
+def part() -> None:
+    """The last word between the processes: the first goes on alone, however long its result takes to publish."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def summed(values: list[Any], device: Any) -> list[int]:
@@ -1133,7 +1142,8 @@ def train(run: dict, base: Path, train_rows: list[Row], eval_rows: list[Row], st
     run_training(run, trainer, reporter)
     emit("phase", name="save")
     check_weights(trainer.model)
-    state = gathered(trainer.model)
+    state = gathered(run, trainer.model)
+    part()
     if rank() > 0:
         return
     save(run, trainer.model, base, state)
@@ -1253,7 +1263,7 @@ def sft_config(run: dict, has_eval: bool) -> Any:
     # One device, whole: with "auto" a model that does not fit would move to the CPU in silence, and train for days.
     loading |= {"dtype": "bfloat16"} | ({} if cpu else {"device_map": {"": int(os.environ.get("LOCAL_RANK", 0))}})
     if run.get("sharded"):
-        sft |= sharded_settings(sft)
+        sft |= sharded_settings()
     try:
         made = SFTConfig(**{**our_settings(run, cpu, has_eval), **sft, "model_init_kwargs": loading})
     except (ValueError, TypeError) as error:
@@ -1322,15 +1332,15 @@ def distributed_settings(run: dict) -> dict:
     return {"ddp_find_unused_parameters": partial}
 
 
-def sharded_settings(sft: dict) -> dict:
+def sharded_settings() -> dict:
     """FSDP2: weights, gradients and optimizer in parts, a layer whole only while it computes."""
     # Read where the base is loaded: one process reads the weights, and the others get their part of it.
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
-    checkpointing = sft.get("gradient_checkpointing") is not False
     config = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": True}
-    config |= {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "activation_checkpointing": checkpointing}
+    # Not FSDP's own `activation_checkpointing`: it renames layers, and PEFT 0.21 then saves adapters without a weight.
+    config |= {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
     # With `bf16` Accelerate makes the weights fp32: four times the optimizer, and another training than on one GPU.
-    return {"fsdp": True, "fsdp_config": config, "gradient_checkpointing": False, "bf16": False}
+    return {"fsdp": True, "fsdp_config": config, "bf16": False}
 
 
 def lora_config(settings: dict, base: Path) -> Any:
@@ -1497,7 +1507,7 @@ class TrainerChanges:
         return context
 
     def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
-        if self.is_fsdp_enabled:
+        if self.is_fsdp_enabled and model is not None:  # wrapped already: without it, `resume` wants weights to save
             super()._load_from_checkpoint(checkpoint, model)
             return
         if is_sharded(checkpoint):
@@ -1843,19 +1853,21 @@ def own_part(parameter: Any) -> Any:
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
-def gathered(model: Any) -> dict[str, Any] | None:
+def gathered(run: dict, model: Any) -> dict[str, Any] | None:
     """The weights to save of a sharded model, whole and in host memory, for the first process; None of another model.
 
     Called by every process: one parameter after the other is put together on its GPU, and leaves it again.
     """
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    state = {}
-    for name, part in model.state_dict().items():
-        if not hasattr(part, "full_tensor"):
-            return None
-        if name in trained:
-            whole = part.full_tensor().cpu()
-            state |= {name: whole} if rank() == 0 else {}
+    if not run.get("sharded"):
+        return None
+    own, parts, state = dict(model.named_parameters()), model.state_dict(), {}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - own.keys()  # the same again
+    adapter = {name for name, parameter in own.items() if parameter.requires_grad}
+    kept = parts.keys() - tied if run["experiment"]["train"]["method"] == "full" else adapter
+    for name in [name for name in parts if name in kept]:
+        part = parts[name]
+        whole = (part.full_tensor() if hasattr(part, "full_tensor") else part).cpu()
+        state |= {name: whole} if rank() == 0 else {}
     return state
 
 
@@ -1871,6 +1883,19 @@ def save(run: dict, model: Any, base: Path, state: dict[str, Any] | None) -> Non
         config.base_model_name_or_path = run["experiment"]["base"]["model"]
         config.revision = run["inputs"]["base"].get("revision") or run["experiment"]["base"]["revision"]
         model.save_pretrained(output, save_embedding_layers=False, state_dict=state)
+        if state is not None and (count := saved_weights(output)) < len(state):
+            raise RuntimeError(f"{count} of {len(state)} weights were saved")
+
+
+def saved_weights(folder: Path) -> int:
+    """How many tensors the safetensors files of a folder hold."""
+    from safetensors import safe_open
+
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            count += len(file.keys())
+    return count
 
 
 def collect_metrics(trainer: Any, reporter: Any) -> dict:

@@ -70,8 +70,8 @@ def test_two_processes_learn_what_one_learns(base: Path, tmp_path: Path) -> None
     assert names == ["start", *["step"] * 4, "eval", *["step"] * 4, "eval", "end"]
 
 
-def while_running(run: Path, step: int, act: Callable[[int], None]) -> tuple[int, str, str]:
-    """Start the script, and `act` with its process id once `step` is reported; exit code and what it printed."""
+def while_running(run: Path, moment: int | str, act: Callable[[int], None]) -> tuple[int, str, str]:
+    """Start the script, and `act` with its process id at a step or a phase; exit code and what it printed."""
     errors = run.parent / "errors.log"
     with errors.open("wb") as sink:
         child = subprocess.Popen(
@@ -81,7 +81,7 @@ def while_running(run: Path, step: int, act: Callable[[int], None]) -> tuple[int
         said, acted = "", False
         for line in child.stdout:
             said += line
-            if not acted and any(event["step"] == step for event in events(line, "step")):
+            if not acted and any(moment in (e.get("step"), e.get("name")) for e in events(line, "step", "phase")):
                 acted = bool(act(child.pid) or True)
         return child.wait(timeout=120), said, errors.read_text(errors="replace")
 
@@ -135,7 +135,7 @@ def test_a_process_that_dies_ends_the_others_and_is_named(base: Path, tmp_path: 
     code, said, errors = while_running(run, 2, lambda pid: os.kill(process_of(pid, 1), signal.SIGKILL))
     assert code == 1
     (error,) = events(said, "error")
-    assert error["message"] == "process 1 of 2 was killed by SIGKILL"
+    assert error["message"] == "process 2 of 2 was killed by SIGKILL"
     assert errors.rstrip().endswith(f"hint: {error['hint']}")
     assert not (run.parent / "out" / "manifest.json").exists()
 
@@ -166,7 +166,7 @@ def test_an_error_in_one_process_ends_the_log(base: Path, tmp_path: Path) -> Non
     command, env = [sys.executable, SCRIPT, run], ONE_THREAD | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env)
     assert done.returncode == 1
-    said = done.stderr.partition("process 1 of 2, stderr.log:\n")[2].splitlines()
+    said = done.stderr.partition("process 2 of 2, stderr.log:\n")[2].splitlines()
     assert said[0].startswith("Traceback"), done.stderr
     assert said[-1].startswith("ModuleNotFoundError: import of trl halted")
 
@@ -180,11 +180,13 @@ def test_batches_that_cannot_be_shared_are_refused(base: Path, tmp_path: Path) -
     assert done.stderr == f"error: {said}\n\nhint: write `gradient_accumulation: 4`\n"
 
 
-# Sharded: FSDP2
+# Sharded: FSDP2. Weights in bfloat16 round now and then to a neighbour: 1e-3 of them.
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_two_processes_that_hold_halves_learn_what_one_learns(base: Path, tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(("method", "family"), [("full", "llama"), ("full", "qwen3"), ("lora", "llama")])
+def test_two_processes_that_hold_halves_learn_what_one_learns(tmp_path: Path, method: str, family: str) -> None:
+    """Qwen 3's output head is its embeddings: a weight that must be neither sharded nor saved twice."""
+    base = make_tiny(tmp_path / "base", family)
     data = write_rows(tmp_path / "data.jsonl", conversations(12))
     changes = {"method": method, "gradient_accumulation": 2, "save_steps": 2}
     runs = {n: make_run(tmp_path / str(n), base, data, 0.2, **changes) for n in (1, 2)}
@@ -198,13 +200,14 @@ def test_two_processes_that_hold_halves_learn_what_one_learns(base: Path, tmp_pa
     first, second = weights(runs[1]), weights(runs[2])
     assert first.keys() == second.keys()
     for name in first:
-        assert (first[name] - second[name]).norm() < 2e-4 * first[name].norm(), name
+        assert (first[name] - second[name]).norm() < 1e-3 * first[name].norm(), name
 
 
-def test_halves_that_are_killed_go_on_as_halves_and_as_one(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_halves_that_are_killed_go_on_as_halves_and_as_one(base: Path, tmp_path: Path, method: str) -> None:
     """SIGKILL, then SIGTERM after going on as two, then one process: the weights of a training that nothing stopped."""
     data = write_rows(tmp_path / "data.jsonl", conversations(16))
-    changes = {"method": "full", "gradient_accumulation": 2, "epochs": 2.0, "save_steps": 3}
+    changes = {"method": method, "gradient_accumulation": 2, "epochs": 2.0, "save_steps": 3}
     killed, whole = (make_run(tmp_path / name, base, data, **changes) for name in ("killed", "whole"))
     edit(killed, processes=2, sharded=True)
     code, said, _ = while_running(killed, 4, lambda pid: os.kill(pid, signal.SIGKILL))
@@ -219,4 +222,28 @@ def test_halves_that_are_killed_go_on_as_halves_and_as_one(base: Path, tmp_path:
     losses = [[entry["loss"] for entry in found["history"]] for found in (gone_on, straight)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     first, second = weights(killed), weights(whole)
-    assert all((first[name] - second[name]).norm() < 1e-4 * second[name].norm() for name in second)
+    assert all((first[name] - second[name]).norm() < 1e-3 * second[name].norm() for name in second)
+
+
+def test_halves_that_are_killed_after_the_last_step_train_no_more(base: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "data.jsonl", conversations(8))
+    changes = {"method": "full", "gradient_accumulation": 2}
+    killed, whole = (make_run(tmp_path / name, base, data, **changes) for name in ("killed", "whole"))
+    edit(killed, processes=2, sharded=True)
+    mark = killed.parent / "work/checkpoints/checkpoint-4/complete.json"
+
+    def kill(pid: int) -> None:
+        first = process_of(pid, 0)
+        deadline = time.monotonic() + 60
+        while not mark.exists() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        for number in (first, pid):
+            os.kill(number, signal.SIGKILL)
+
+    assert while_running(killed, 4, kill)[0] == -signal.SIGKILL
+    assert not (killed.parent / "out" / "manifest.json").exists()
+    gone_on, straight = trained(killed), trained(whole)
+    assert events(gone_on["printed"], "step") == []
+    assert gone_on["metrics"]["steps"] == gone_on["resumed_from_step"] == straight["metrics"]["steps"]
+    first, second = weights(killed), weights(whole)
+    assert all((first[name] - second[name]).norm() < 1e-3 * second[name].norm() for name in second)
