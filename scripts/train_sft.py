@@ -1454,6 +1454,10 @@ def make_trainer(
             module.support_avx512bf16_for_cpu = False
     if trainer.is_fsdp_enabled != bool(run.get("sharded")):
         raise RuntimeError("this training was to be sharded, and Accelerate does not do it")
+    if run.get("sharded"):  # a family names layers of towers, too, that this base may not have
+        there = {type(module).__name__ for module in trainer.model.modules()}
+        layers = [name for name in trainer.model._no_split_modules if name in there]
+        trainer.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = layers
     if (processes := settings.world_size) > 1:
         trainer.train_dataset, trainer.fillers = filled(trainer.train_dataset, settings.train_batch_size * processes)
         if eval_set is not None:

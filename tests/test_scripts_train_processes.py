@@ -183,9 +183,11 @@ def test_batches_that_cannot_be_shared_are_refused(base: Path, tmp_path: Path) -
 # Sharded: FSDP2. Weights in bfloat16 round now and then to a neighbour: 1e-3 of them.
 
 
-@pytest.mark.parametrize(("method", "family"), [("full", "llama"), ("full", "qwen3"), ("lora", "llama")])
+@pytest.mark.parametrize(
+    ("method", "family"), [("full", "llama"), ("full", "qwen3"), ("full", "gemma3_vl"), ("lora", "llama")]
+)
 def test_two_processes_that_hold_halves_learn_what_one_learns(tmp_path: Path, method: str, family: str) -> None:
-    """Qwen 3's output head is its embeddings: a weight that must be neither sharded nor saved twice."""
+    """Qwen 3's output head is its embeddings, a weight not to be saved twice; Gemma 3 has a tower that text skips."""
     base = make_tiny(tmp_path / "base", family)
     data = write_rows(tmp_path / "data.jsonl", conversations(12))
     changes = {"method": method, "gradient_accumulation": 2, "save_steps": 2}
