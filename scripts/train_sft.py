@@ -1452,20 +1452,26 @@ def make_trainer(
         # bitsandbytes repacks a CPU weight when it is first evaluated, and from then on passes no gradient through it.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    share(run, trainer)
+    reporter = type("Reporter", (Reporter, TrainerCallback), {})(run, trainer)
+    trainer.add_callback(reporter)
+    trainer.remove_callback(PrinterCallback)  # its lines would repeat ours
+    return trainer, reporter
+
+
+def share(run: dict, trainer: Any) -> None:
+    """Prepare what several processes share: full batches for each, and the layers that are whole one at a time."""
+    settings, processes = trainer.args, trainer.args.world_size
+    if processes > 1:
+        trainer.train_dataset, trainer.fillers = filled(trainer.train_dataset, settings.train_batch_size * processes)
+        if trainer.eval_dataset is not None:
+            trainer.eval_dataset, _ = filled(trainer.eval_dataset, settings.eval_batch_size * processes)
     if trainer.is_fsdp_enabled != bool(run.get("sharded")):
         raise RuntimeError("this training was to be sharded, and Accelerate does not do it")
     if run.get("sharded"):  # a family names layers of towers, too, that this base may not have
         there = {type(module).__name__ for module in trainer.model.modules()}
         layers = [name for name in trainer.model._no_split_modules if name in there]
         trainer.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = layers
-    if (processes := settings.world_size) > 1:
-        trainer.train_dataset, trainer.fillers = filled(trainer.train_dataset, settings.train_batch_size * processes)
-        if eval_set is not None:
-            trainer.eval_dataset, _ = filled(trainer.eval_dataset, settings.eval_batch_size * processes)
-    reporter = type("Reporter", (Reporter, TrainerCallback), {})(run, trainer)
-    trainer.add_callback(reporter)
-    trainer.remove_callback(PrinterCallback)  # its lines would repeat ours
-    return trainer, reporter
 
 
 def filled(data: Any, multiple: int) -> tuple[Any, int]:
