@@ -180,7 +180,7 @@ def test_batches_that_cannot_be_shared_are_refused(base: Path, tmp_path: Path) -
     assert done.stderr == f"error: {said}\n\nhint: write `gradient_accumulation: 4`\n"
 
 
-# Sharded: FSDP2. Weights in bfloat16 round now and then to a neighbour, up to 8e-3 away: 3e-3 of a tensor.
+# Sharded: FSDP2. Weights in bfloat16 round now and then to a neighbour: 1e-3 of all.
 
 
 @pytest.mark.parametrize(
@@ -201,8 +201,8 @@ def test_two_processes_that_hold_halves_learn_what_one_learns(tmp_path: Path, me
     assert names[0] == names[1]
     first, second = weights(runs[1]), weights(runs[2])
     assert first.keys() == second.keys()
-    for name in first:
-        assert (first[name] - second[name]).norm() < 3e-3 * first[name].norm(), name
+    apart = sum((first[name] - second[name]).square().sum() for name in first)
+    assert apart < (1e-3) ** 2 * sum(weight.square().sum() for weight in first.values())
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
