@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from pipeline.hypothesis import read_claims
 from pipeline.markdown import code, details, money, plural, quote
 from pipeline.plan import Plan
 from pipeline.plan_changes import plan_hash
@@ -41,7 +42,14 @@ def _opening(preview: Preview) -> list[str]:
     if preview.experiment is None or preview.plan is None:
         hypothesis = quote(preview.experiment.hypothesis) if preview.experiment else ""
         return [heading, f"{_counted(preview).capitalize()}; no plan can be made of {code(preview.path)}.", hypothesis]
-    return [heading, _verdict_line(preview, preview.plan), quote(preview.experiment.hypothesis), _what(preview.plan)]
+    said = preview.experiment.hypothesis
+    return [heading, _verdict_line(preview, preview.plan), quote(said), _held_to(said), _what(preview.plan)]
+
+
+def _held_to(hypothesis: str) -> str:
+    """How the results will read it: a reviewer can still have it said more clearly."""
+    claims = ", ".join(f"**{claim}**" for claim in read_claims(hypothesis))
+    return f"The results will hold it to {claims}." if claims else ""
 
 
 def _decision(preview: Preview) -> tuple[bool | None, str]:

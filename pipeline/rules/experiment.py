@@ -6,6 +6,7 @@ from pipeline.errors import Severity
 from pipeline.experiment import nearest
 from pipeline.fields import is_path
 from pipeline.flavors import FLAVORS
+from pipeline.hypothesis import Claim, read_claims
 from pipeline.plan import make_plan
 from pipeline.rules.rule import Subject, Verdict
 
@@ -38,6 +39,28 @@ def revision_pinned(subject: Subject) -> Verdict | None:
         hint = f"add `revision: <commit>` under `data` (the commit `{experiment.data.dataset}` is at today)"
         return Verdict("data.dataset", f"`{experiment.data.dataset}` is not pinned", hint, Severity.WARNING)
     return None
+
+
+def hypothesis_is_measured(subject: Subject) -> Verdict | None:
+    """What the hypothesis claims is measured by a stage
+
+    Why: The results hold a hypothesis to every loss and perplexity that it names. One that nothing measures stays open.
+    Fix: Hold rows out with `data.eval`; a perplexity and a fall in percent need the `evaluate` stage too, which asks
+    the base as well.
+    """
+    experiment = subject.file.experiment
+    for claim in read_claims(experiment.hypothesis):
+        needs_base = claim.percent or claim.metric.endswith("perplexity")
+        if claim.metric.startswith("held-out") and experiment.data.eval is None:
+            return _unmeasured(claim, "no rows are held out", "add `eval: {fraction: 0.05}` under `data`")
+        if needs_base and (experiment.evaluate is None or claim.metric.startswith("training")):
+            hint = "add `evaluate: {timeout: 1h}`" if experiment.evaluate is None else "name a held-out one instead"
+            return _unmeasured(claim, "nothing compares with the base" if claim.percent else "no stage gives it", hint)
+    return None
+
+
+def _unmeasured(claim: Claim, why: str, hint: str) -> Verdict:
+    return Verdict("hypothesis", f"`{claim}` will not be measured: {why}", hint, Severity.WARNING)
 
 
 def files_are_there(subject: Subject) -> Verdict | None:
