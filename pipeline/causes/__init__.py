@@ -1,0 +1,19 @@
+"""Every known cause of failure, by area; where two explain a line equally well, the earlier one is meant."""
+
+from pipeline.causes import data, gguf, gpu, hub, install, memory, server, training, weights
+from pipeline.causes.cause import Cause, Pattern, Weight, fill
+
+AREAS: dict[str, tuple[Cause, ...]] = {
+    "Memory and disk": memory.CAUSES,
+    "Training": training.CAUSES,
+    "GPUs and processes": gpu.CAUSES,
+    "GGUF": gguf.CAUSES,
+    "Model files": weights.CAUSES,
+    "Data": data.CAUSES,
+    "Packages and script": install.CAUSES,
+    "The Hub and the network": hub.CAUSES,
+}
+LOG_CAUSES: tuple[Cause, ...] = tuple(cause for causes in AREAS.values() for cause in causes)
+SERVER_CAUSES = server.CAUSES
+
+__all__ = ["AREAS", "LOG_CAUSES", "SERVER_CAUSES", "Cause", "Pattern", "Weight", "fill"]
