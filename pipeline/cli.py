@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from pipeline.cli_checks import RunFormat, check, fit, plan, planned, print_json, print_markdown, rehearse
+from pipeline.cli_diagnose import diagnose
 from pipeline.cli_github import command, dispatched, doctor, preflight
 from pipeline.cli_runs import cancel, logs, reconcile, retry, run_paid, status
 from pipeline.errors import UserError
@@ -123,7 +124,7 @@ def run(
 
 app.command()(rehearse)
 app.command()(fit)
-for verb in (reconcile, status, logs, cancel, retry, preflight, command, dispatched, doctor):
+for verb in (reconcile, status, logs, cancel, retry, diagnose, preflight, command, dispatched, doctor):
     app.command()(verb)
 
 

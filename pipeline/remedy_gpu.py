@@ -1,4 +1,4 @@
-"""Ways out of a full GPU: shorter rows, fewer at once, a larger GPU. The estimator's figures, corrected by what happened.
+"""Ways out of a full GPU: shorter rows, fewer at once, a larger one. The estimates, corrected by what happened. Pure.
 
 A failure shows that what grows with the tokens was larger than predicted: that part is scaled until the prediction
 agrees with the message. Where the estimator had been sure that it fits, rows are at least halved.

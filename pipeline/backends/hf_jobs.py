@@ -176,7 +176,7 @@ class HfJobs:
             raise HubError(Access.UNREACHABLE, f"job `{job.id}` is in a state this version does not know")
         message = job.status.message or ""
         if state in (JobState.FAILED, JobState.CANCELLED):
-            message = self._reason(namespace, job.id) or message
+            message = self.reason(namespace, job.id) or message
         volumes = [volume.source for volume in job.volumes or () if volume.type == "model"]
         return SeenJob(
             id=job.id,
@@ -194,7 +194,7 @@ class HfJobs:
             url=job.url,
         )
 
-    def _reason(self, namespace: str, job_id: str) -> str:
+    def reason(self, namespace: str, job_id: str) -> str:
         """The server's words on why a job ended: message and cancel reason, of which the client drops the second."""
         url = f"{self.hub.endpoint}/api/jobs/{quote(namespace, safe='')}/{quote(job_id, safe='')}"
         headers = self.hub.api._build_hf_headers(token=self._token)

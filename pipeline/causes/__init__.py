@@ -3,7 +3,7 @@
 from pipeline.causes import data, gguf, gpu, hub, install, memory, server, training, weights
 from pipeline.causes.cause import Cause, Pattern, Weight, fill
 
-AREAS: dict[str, tuple[Cause, ...]] = {
+CAUSES_BY_AREA: dict[str, tuple[Cause, ...]] = {
     "Memory and disk": memory.CAUSES,
     "Training": training.CAUSES,
     "GPUs and processes": gpu.CAUSES,
@@ -13,7 +13,7 @@ AREAS: dict[str, tuple[Cause, ...]] = {
     "Packages and script": install.CAUSES,
     "The Hub and the network": hub.CAUSES,
 }
-LOG_CAUSES: tuple[Cause, ...] = tuple(cause for causes in AREAS.values() for cause in causes)
+LOG_CAUSES: tuple[Cause, ...] = tuple(cause for causes in CAUSES_BY_AREA.values() for cause in causes)
 SERVER_CAUSES = server.CAUSES
 
-__all__ = ["AREAS", "LOG_CAUSES", "SERVER_CAUSES", "Cause", "Pattern", "Weight", "fill"]
+__all__ = ["CAUSES_BY_AREA", "LOG_CAUSES", "SERVER_CAUSES", "Cause", "Pattern", "Weight", "fill"]
