@@ -69,7 +69,7 @@ def answer_about(source: str, namespace: str | None, experiment: Path | None) ->
         UserError: nothing of that name can be read, or the experiment is not valid.
         HubError: the Hub does not answer about the job.
     """
-    log = _read(source, namespace)
+    log = read_source(source, namespace)
     path = experiment or _path_of(log.experiment)
     found = _diagnosed(log)
     if path is None:
@@ -100,7 +100,7 @@ def _diagnosed(log: Log) -> Diagnosis:
     return found
 
 
-def _read(source: str, namespace: str | None) -> Log:
+def read_source(source: str, namespace: str | None) -> Log:
     path = Path(source)
     if source == STDIN:
         return Log(_bounded(sys.stdin.buffer))

@@ -33,7 +33,7 @@ RANK = re.compile(
 )
 PREFIX = re.compile(
     rf"\[?{TIME}\]? ?|\[?\d\d:\d\d:\d\d(?:[.,]\d+)?\]? |[A-Z][a-z]{{2}} +\d+ \d\d:\d\d:\d\d (?:[\w.-]+ )?"
-    r"|std(?:out|err) [FP] |##\[error\]|\[(?:PID|RANK):\d+\] ?"
+    r"|std(?:out|err) [FP] |> |##\[error\]|\[(?:PID|RANK):\d+\] ?"
     r"|[EWIF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ [\w/. -]{1,100}:\d+\] ?"
     r"|\[[\w./<>-]{1,80}(?::[\w<>.-]{1,60}){1,3}\] ?|- (?=[A-Z])|\[-?\d+\] (?=\[)"
 )
@@ -162,6 +162,8 @@ def _kept(text: str) -> list[str]:
     """The lines, of those that differ in digits alone the first and the last ones, of too many the ends."""
     if "\x1b" in text:
         text = ANSI.sub("", text)
+    if f"{HEADER}:\\n" in text:  # a child's output, printed by its parent as the text of bytes
+        text = text.replace("\\n", "\n")
     lines = [part[:LONGEST_LINE] for part in re.split(r"[\r\n]+", text) if part.strip()]
     seen: dict[str, int] = {}
     kept, tail = [], len(lines) - TAIL_KEPT
@@ -235,7 +237,8 @@ class _Reader:
     frames: bool = False
     message: int = 0  # lines that the message may still go on
     joined: bool = False
-    boxed: bool = False  # drawn in a box, as rich does
+    code: bool = False  # the next line quotes code, although nothing is indented
+    form: str = ""  # `box`: drawn by rich; `notebook`: without `File` lines
     harmless: bool = False
 
 
@@ -274,11 +277,19 @@ def _begin(reader: _Reader, chains: list[Chain], line: str) -> None:
         chains.append(Chain(harmless=reader.harmless))
         reader.chain = len(chains) - 1
     reader.frames, reader.message, reader.joined, reader.harmless = True, 0, False, False
-    reader.boxed = line.startswith(("╭", "┌", "+-"))
+    reader.code = False
+    boxed = line.startswith(("╭", "┌", "+-"))
+    reader.form = "box" if boxed else "" if f"{HEADER}:" in line else "notebook"
 
 
 def _is_frame(reader: _Reader, line: str) -> bool:
-    return line.startswith(("│", "╰", "└", "|")) if reader.boxed else line.startswith((*INDENTED, "[Previous line"))
+    """Whether a line still belongs to the calls of a traceback; its message comes after them."""
+    if reader.form == "box":
+        return line.startswith(("│", "╰", "└", "|"))
+    if reader.form == "notebook":
+        return EXCEPTION.match(line) is None
+    quoted, reader.code = reader.code, line.startswith('File "')  # a logger that strips its lines
+    return reader.code or (quoted and EXCEPTION.match(line) is None) or line.startswith((*INDENTED, "[Previous line"))
 
 
 def _say(chain: Chain, position: int, *, head: bool) -> None:

@@ -118,7 +118,14 @@ CAUSES = (
     Cause(
         "converter-incomplete",
         "the converter's own files are of different versions",
-        ("No module named 'conversion'", "module 'gguf' has no attribute '", "cannot import name * from 'gguf"),
+        (
+            "No module named 'conversion'",
+            "module 'gguf' has no attribute '",
+            "module 'gguf.quants' has no attribute",
+            "type object 'MODEL_ARCH' has no",
+            "'GGUFWriter' object has no attribute",
+            "cannot import name * from 'gguf",
+        ),
         "the converter with the `gguf-py` of the same llama.cpp; `scripts/convert_gguf.py` fetches both",
         weight=STRONG,
     ),

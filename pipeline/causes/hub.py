@@ -67,7 +67,7 @@ CAUSES = (
             "403*/preupload/",
             "403*api/repos/create",
             "you must use a write token",
-            "The token of this job cannot",
+            "does not allow writing to the Hub",
             "the token of this job cannot",
         ),
         TOKEN,

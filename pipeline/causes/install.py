@@ -161,7 +161,6 @@ CAUSES = (
         ("KeyError: '{model}'$",),
         "the transformers that the job script pins, or newer; `mergetune rehearse {path}` tries it on the CPU",
         rule="EXP007",
-        weight=STRONG,
         within=("configuration_auto.py", "auto_factory.py", "tokenization_auto.py"),
     ),
     Cause(
