@@ -2,19 +2,18 @@
 
 Told first, in this order: the server's reason; the job script's own `error` event, which knows best. Else every known
 cause (pipeline/causes/) is looked for in every line, and the strongest match wins; of equally strong ones the earliest,
-because what comes later often follows from it:
+because what comes later often follows from it (within one chain of tracebacks, the first in the table of causes):
 
 | where the words stand                                       | STRONG | PLAIN | WEAK | LAST |
 |-------------------------------------------------------------|--------|-------|------|------|
 | the message of a traceback that ended a process             | 7      | 6     | 4    | 2    |
 | a plain line, with no sign of life after it                 | 5      | 3     | 1 *  | 1    |
 | a plain line, or a traceback, that training outlived        | 3      | 2     | –    | –    |
-| a warning or information                                    | 0      | –     | –    | –    |
 
 (*) only among the last lines: a request that was repeated with success stands further up.
 
 A traceback that ended a process and whose message shows no known cause counts 4 itself: it makes the cause unknown.
-Code that a traceback quotes, and lines known to be harmless, count for nothing. In a chain of tracebacks all messages
+Code that a traceback quotes, warnings, and lines known to be harmless count for nothing. In a chain of tracebacks all messages
 count, so a special cause at its root wins over a general one at its end, and the other way round.
 
 Only a lost machine, a GPU that did not start, and a server's or network's bad minute may pass with a new attempt. What
@@ -32,13 +31,11 @@ from pipeline.oom import part_of
 from pipeline.telling import telling_lines
 
 LONGEST = 300  # characters of a log line worth showing
-TAIL_LINES = 40  # where a crash tells its cause
 MOST_HITS = 100  # of one pattern, from each end of the log
 SCORES = {
     Kind.FATAL: {Weight.STRONG: 7, Weight.PLAIN: 6, Weight.WEAK: 4, Weight.LAST: 2},
     Kind.PLAIN: {Weight.STRONG: 5, Weight.PLAIN: 3, Weight.WEAK: 1, Weight.LAST: 1},
     Kind.OUTLIVED: {Weight.STRONG: 3, Weight.PLAIN: 2},
-    Kind.QUIET: {Weight.STRONG: 0},
 }
 UNKNOWN_SCORE = 4
 NOT_KNOWN = "not known"
@@ -71,13 +68,13 @@ class Diagnosis:
 class _Match:
     """One cause at one line."""
 
-    rank: tuple[int, int, int]  # minus its score, position in the log, place in the table: the smallest is the best
+    rank: tuple[int, int, int, int]  # minus its score, start of its traceback, place in the table, position: least wins
     cause: Cause
     words: dict[str, str]
 
     @property
     def position(self) -> int:
-        return self.rank[1]
+        return self.rank[3]
 
 
 def diagnose(log: str, message: str = "") -> Diagnosis:
@@ -152,7 +149,7 @@ def _matches(log: Log) -> Iterator[_Match]:
             for position in _hits(text, pattern, starts):
                 score = _score(log, cause, position)
                 if score is not None and (words := pattern.match(log.lines[position])) is not None:
-                    yield _Match((-score, position, order), cause, words)
+                    yield _Match((-score, log.start_of(position), order, position), cause, words)
 
 
 def _hits(text: str, pattern: Pattern, starts: list[int]) -> Iterator[int]:
@@ -178,7 +175,7 @@ def _score(log: Log, cause: Cause, position: int) -> int | None:
         return SCORES[kind][cause.weight]
     if cause.id == "nan-loss" and log.last_step and "nan" not in log.last_step.lower():
         return None  # mixed precision skips such a step, and goes on
-    if cause.weight <= Weight.WEAK and position < len(log.lines) - TAIL_LINES:
+    if cause.weight <= Weight.WEAK and position < log.tail:
         return None
     if kind is Kind.PLAIN and position < log.alive:
         kind = Kind.OUTLIVED
@@ -204,7 +201,7 @@ def _first_unknown(log: Log, matches: list[_Match]) -> Chain | None:
 
 def _beats(found: _Match, unknown: Chain) -> bool:
     """A match against a traceback that nobody knows: the stronger one, or the earlier one."""
-    return (found.rank[0], found.position) < (-UNKNOWN_SCORE, unknown.heads[0])
+    return found.rank[:2] < (-UNKNOWN_SCORE, unknown.heads[0])
 
 
 def _with_part(log: Log, found: _Match, known: Diagnosis) -> Diagnosis:

@@ -22,6 +22,7 @@ LONGEST_LINE = 4000  # characters of a line that are looked at
 MOST_CHARACTERS = 8_000_000  # of lines that differ; of more, the beginning and the end
 SAME_SHAPE = 40  # lines that differ in digits alone: progress, retries, heartbeats
 TAIL_KEPT = 400  # lines of the end, kept whatever they look like
+TAIL_LINES = 40  # where a crash tells its cause
 MESSAGE_LINES = 12  # an exception's message may go on below its first line
 
 ANSI = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]{0,200}(?:\x07|\x1b\\)?|[@-Z\\-_])")
@@ -118,6 +119,12 @@ class Log:
     chain_at: dict[int, int]
     alive: int  # position of the last sign of life
     last_step: str
+    tail: int  # where the last lines begin
+
+    def start_of(self, position: int) -> int:
+        """The first message of the chain that a line belongs to; a line of none is its own start."""
+        number = self.chain_at.get(position)
+        return position if number is None else self.chains[number].messages[0]
 
     def is_fatal(self, chain: Chain) -> bool:
         """Whether it ended something."""
@@ -149,7 +156,7 @@ def read_log(text: str) -> Log:
             kinds[position] = Kind.OUTLIVED if chain.end < alive else Kind.FATAL
             if chain.harmless:
                 kinds[position] = Kind.NOISE
-    return Log(tuple(kept), tuple(kinds), tuple(chains), chain_at, alive, last_step)
+    return Log(tuple(kept), tuple(kinds), tuple(chains), chain_at, alive, last_step, _tail(kinds))
 
 
 def _cut(text: str) -> str:
@@ -221,6 +228,16 @@ def _is_life(line: str, bars: dict[str, int]) -> bool:
     return now > before
 
 
+def _tail(kinds: list[Kind]) -> int:
+    """Where the last lines begin that say something."""
+    left = TAIL_LINES
+    for position in range(len(kinds) - 1, -1, -1):
+        left -= kinds[position] not in (Kind.QUIET, Kind.NOISE)
+        if not left:
+            return position
+    return 0
+
+
 def _kind(line: str, level: str) -> Kind:
     """What a line is by itself, outside of tracebacks."""
     if line.startswith(EVENT_PREFIX) or any(word in line for word in HARMLESS):
@@ -261,13 +278,14 @@ def _tracebacks(lines: list[str], tags: list[str], kinds: list[Kind]) -> list[Ch
         elif line.startswith(JOINERS):
             reader.joined = reader.chain >= 0
             kinds[position] = Kind.FRAME
-        elif reader.message and not _is_step(line):
+        elif reader.message and kinds[position] is Kind.PLAIN and not _is_step(line):
             _say(chains[reader.chain], position, head=False)
             reader.message -= 1
         elif kinds[position] is Kind.PLAIN and EXCEPTION.match(line):
             chains.append(Chain())  # its traceback was mixed up with another process's, or cut off
             _say(chains[-1], position, head=True)
         else:
+            reader.message = 0
             reader.harmless = "Exception ignored in" in line or "--- Logging error ---" in line
     return chains
 

@@ -96,12 +96,13 @@ CAUSES = (
     ),
     Cause(
         "not-merged",
-        "the adapter was not merged into the base",
+        "this is no whole model: an adapter that was not merged, or a folder without the model's `config.json`",
         (
             "Can not map tensor 'base_model.model.",
             "No such file or directory: '*config.json'",
             "Failed to detect model architecture",
             "KeyError: 'architectures'",
+            "Should have a `model_type` key in its config.json",
             "Not a lora_A or lora_B tensor",
         ),
         "convert what the merge stage made, not the adapter",
@@ -148,6 +149,8 @@ CAUSES = (
             "invalid magic characters",
             "failed to read magic",
             "gguf_init_from_file",
+            "gguf_init_from_reader: failed",
+            "gguf_init_from_reader: number of tensors is",
             "model is corrupted or incomplete",
             "invalid model: tensor '",
         ),

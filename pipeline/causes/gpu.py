@@ -211,7 +211,6 @@ CAUSES = (
             "terminate called after throwing an instance of",
         ),
         "`mergetune rehearse {path}` shows whether it is the script; a library built for this machine's CPU helps",
-        weight=WEAK,
     ),
     Cause(
         "preempted",

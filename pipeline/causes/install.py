@@ -142,7 +142,6 @@ CAUSES = (
             "but Transformers does not recognize this architecture",
             "does not recognize this architecture",
             "Unrecognized configuration class",
-            "Should have a `model_type` key in its config.json",
             "`rope_scaling` must be a dictionary with two fields",
             "`rope_scaling` must be a dictionary with with two fields",
             "Tokenizer class {tokenizer} does not exist or is not currently imported",

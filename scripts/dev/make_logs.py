@@ -1,4 +1,4 @@
-"""Make the fixtures of `mergetune diagnose` by failing: every function of tests/logs/failing.py, in a process of its own.
+"""Make fixtures of `mergetune diagnose` by failing: every function of tests/logs/failing.py, in a process of its own.
 
 python scripts/dev/make_logs.py            # all of them, a few minutes of CPU
 python scripts/dev/make_logs.py gated_base every_row_too_long
@@ -9,7 +9,7 @@ scrubbed; what `diagnose` says of it goes to NAME.json, which a person reads bef
 
 import argparse
 import importlib
-import json
+import inspect
 import os
 import sys
 import tempfile
@@ -43,20 +43,18 @@ def main() -> int:
             work.mkdir(parents=True)
             run_apart(getattr(failing, name), work, log)
             text = log.read_text(encoding="utf-8", errors="replace")
-            hidden = {
-                folder: "/tmp/job",
-                str(ROOT / "tests/logs"): "/app",
-                str(ROOT): "/app",
-                hub.url: "https://huggingface.co",
-            }
+            hidden = {str(work): "/tmp/job", folder: "/tmp", str(ROOT / "tests/logs"): "/app", str(ROOT): "/app"}
+            hidden[str(Path.home())] = "/home/ada"
+            hidden[hub.url] = "https://huggingface.co"
             print(write_fixture(name.replace("_", "-"), text, hidden))
     return 0
 
 
 def cases(failing: ModuleType) -> list[str]:
-    """The functions that take nothing: the others are their tools."""
+    """The functions that take nothing and return nothing: the others are their tools."""
     own = (value for value in vars(failing).values() if getattr(value, "__module__", "") == failing.__name__)
-    return [value.__name__ for value in own if value.__code__.co_argcount == 0 and not value.__code__.co_flags & 0x0C]
+    chosen = (value for value in own if value.__annotations__ == {"return": None})
+    return [value.__name__ for value in chosen if not inspect.signature(value).parameters]
 
 
 def furnish(hub: LoopbackHub) -> None:

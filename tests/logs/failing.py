@@ -472,3 +472,149 @@ def nobody_knows_why() -> None:
     print("[INFO] reading config")
     print("ERROR: sampler disagrees with curriculum (bucket 7)")
     raise AssertionError("bucket 7 has 3 rows, curriculum says 4")
+
+
+# llama.cpp's converter and library, from the cache that scripts/convert_gguf.py fills.
+
+
+def llama_cpp() -> Path:
+    """The folder of the pinned llama.cpp."""
+    cache = Path(os.environ.get("MERGETUNE_CACHE") or Path.home() / ".cache/mergetune")
+    return next(folder for folder in sorted(cache.glob("llama.cpp-*")) if (folder / "lib").is_dir())
+
+
+def shell(*command: Any, **environment: str) -> None:
+    """A command as a job's script runs it: its output is the log's."""
+    import subprocess
+
+    sys.stdout.flush()
+    subprocess.run([str(part) for part in command], check=False, env={**os.environ, **environment})
+
+
+def convert(folder: Any) -> None:
+    shell(sys.executable, llama_cpp() / "convert_hf_to_gguf.py", folder, "--outtype", "bf16", "--outfile", "model.gguf")
+
+
+def edit_config(folder: str, **changes: Any) -> str:
+    path = Path(folder) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def convert_unknown_architecture() -> None:
+    convert(edit_config(base("qwen3"), architectures=["Gemma9ForCausalLM"]))
+
+
+def convert_changed_tokenizer() -> None:
+    convert(base("qwen3"))
+
+
+def convert_quantised_model() -> None:
+    convert(edit_config(base("qwen3"), quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}))
+
+
+def convert_an_adapter() -> None:
+    from transformers import AutoModelForCausalLM
+
+    from peft import get_peft_model
+
+    model = AutoModelForCausalLM.from_pretrained(base("qwen3"))
+    get_peft_model(model, lora(target_modules=["q_proj"])).save_pretrained("adapter")
+    convert("adapter")
+
+
+def load_with_llama_cpp(name: str) -> None:
+    code = "import llama_cpp.llama_cpp as l; l.llama_backend_init();"
+    code += f"p = l.llama_model_default_params(); m = l.llama_model_load_from_file(b'{name}', p);"
+    code += "assert m, 'failed to load model'"
+    tools = llama_cpp()
+    shell(sys.executable, "-c", code, LLAMA_CPP_LIB_PATH=str(tools / "lib"), PYTHONPATH=str(tools / "bindings"))
+
+
+def gguf(name: str, architecture: str, **fields: Any) -> None:
+    """A small file with a header and no tensors."""
+    sys.path.insert(0, str(llama_cpp() / "gguf-py"))
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(name, architecture)
+    for key, value in fields.items():
+        writer.add_string(key.replace("__", "."), value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def load_unknown_architecture() -> None:
+    gguf("model.gguf", "gemma9")
+    load_with_llama_cpp("model.gguf")
+
+
+def load_cut_off_file() -> None:
+    Path("model.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + b"\x10" * 40)
+    load_with_llama_cpp("model.gguf")
+
+
+# Several processes, and our own job scripts.
+
+
+def worker_of_several_killed() -> None:
+    Path("train.py").write_text(
+        "import os, signal, time\n"
+        "import torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\n"
+        "print(f\"{{'loss': 2.31, 'grad_norm': 1.1, 'learning_rate': 2e-05, 'epoch': 0.1}}\", flush=True)\n"
+        "time.sleep(0.2)\n"
+        "os.kill(os.getpid(), signal.SIGKILL) if dist.get_rank() else time.sleep(30)\n"
+    )
+    shell(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611", "train.py")
+
+
+def one_of_several_fails() -> None:
+    Path("train.py").write_text(
+        "import torch.distributed as dist\n"
+        "from datasets import Dataset\n"
+        "dist.init_process_group('gloo')\n"
+        "rows = Dataset.from_list([{'instruction': 'a'}])\n"
+        "print('rank', dist.get_rank(), 'has', len(rows), 'rows', flush=True)\n"
+        "dist.barrier() if dist.get_rank() else rows.map(lambda row: {'length': len(row['text'])})\n"
+    )
+    shell(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29612", "train.py")
+
+
+def job(script: str, run: Any) -> None:
+    shell(sys.executable, Path(__file__).resolve().parents[2] / f"scripts/{script}.py", run)
+
+
+def train_job(*data: Any, family: str = "llama", **given: Any) -> None:
+    """scripts/train_sft.py on these rows."""
+    from test_scripts_train import make_run, write_rows
+
+    job(
+        "train_sft",
+        make_run(
+            Path("run"), Path(base(family)).resolve(), write_rows(Path("rows.jsonl").resolve(), list(data)), **given
+        ),
+    )
+
+
+def job_with_broken_row() -> None:
+    train_job(CHAT, '{"messages": [')
+
+
+def job_with_repeated_roles() -> None:
+    twice = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
+    train_job({"messages": twice}, family="gemma3_text")
+
+
+def job_with_rows_too_long() -> None:
+    long = [{"role": "user", "content": "word " * 900}, {"role": "assistant", "content": "ok"}]
+    train_job({"messages": long}, max_length=64)
+
+
+def job_with_targets_missing() -> None:
+    train_job(CHAT, CHAT, lora={"targets": ["qkv_proj"]})
+
+
+def job_that_diverges() -> None:
+    train_job(*[CHAT] * 6, learning_rate=1e30, max_steps=6)
