@@ -211,6 +211,7 @@ CAUSES = (
             "terminate called after throwing an instance of",
         ),
         "`mergetune rehearse {path}` shows whether it is the script; a library built for this machine's CPU helps",
+        weight=WEAK,
     ),
     Cause(
         "preempted",
