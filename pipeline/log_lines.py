@@ -27,19 +27,20 @@ MESSAGE_LINES = 12  # an exception's message may go on below its first line
 
 ANSI = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]{0,200}(?:\x07|\x1b\\)?|[@-Z\\-_])")
 DIGITS = str.maketrans("", "", "0123456789")
-TIME = r"\d{4}[-/]\d\d[-/]\d\d[T_ ]\d\d:\d\d:\d\d(?:[.,]\d{1,9})?(?:Z|[+-]\d\d:?\d\d| UTC)?"
+TIME = r"(?:\d{4}[-/]\d\d[-/]\d\d|\d\d/\d\d/\d{4})[T_ ]\d\d:\d\d:\d\d(?:[.,]\d{1,9})?(?:Z|[+-]\d\d:?\d\d| UTC)?"
 RANK = re.compile(
     r"\[(?:rank|default|Rank |RANK:)?\d{1,4}\]:? ?|\(\w+(?:\([^)]{0,60}\))? (?:pid|PID)=\d+(?:, ip=[\d.]+)?\) ?"
     r"|\d{1,2}: |[\w.-]{1,60} +\| |(?:node|worker|master|rank)[-_ ]?\d+: |[\w.-]{1,60} logs: "
 )
 PREFIX = re.compile(
     rf"\[?{TIME}\]? ?|\[?\d\d:\d\d:\d\d(?:[.,]\d+)?\]? |[A-Z][a-z]{{2}} +\d+ \d\d:\d\d:\d\d (?:[\w.-]+ )?"
-    r"|std(?:out|err) [FP] |> |##\[error\]|\[(?:PID|RANK):\d+\] ?"
+    r"|std(?:out|err) [FP] |>{1,2} |[\w.]{1,80}:\d+ >> |##\[error\]|\[(?:PID|RANK):\d+\] ?"
     r"|[EWIF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ [\w/. -]{1,100}:\d+\] ?"
     r"|\[[\w./<>-]{1,80}(?::[\w<>.-]{1,60}){1,3}\] ?|- (?=[A-Z])|\[-?\d+\] (?=\[)"
 )
 LEVEL = re.compile(
-    r"\[?(ERROR|CRITICAL|FATAL|WARNING|WARN|INFO|DEBUG|error|warning|info)(?:\]:?|:| -| \||(?= {2})) *(?:[\w.]+ - )?"
+    r"\[?(ERROR|CRITICAL|FATAL|WARNING|WARN|INFO|DEBUG)(?:\|[^\]\n]{1,80}\] ?|\]:?|:| -| \||(?= )) *(?:[\w.]+ - )?"
+    r"|\[?(error|warning|info)(?:\]:?|:) *"
 )
 INDENTED = ("  ", "\t")
 HEADER = "Traceback (most recent call last)"
@@ -203,7 +204,7 @@ def _bare(line: str) -> tuple[str, str, str]:
         if found := RANK.match(line):
             tag += found[0].strip()
         elif found := LEVEL.match(line):
-            level = found[1].upper()
+            level = (found[1] or found[2]).upper()
         elif not (found := PREFIX.match(line)):
             break
         if found.end() == 0:
@@ -256,6 +257,7 @@ class _Reader:
     joined: bool = False
     code: bool = False  # the next line quotes code, although nothing is indented
     form: str = ""  # `box`: drawn by rich; `notebook`: without `File` lines
+    name: str = ""  # of the exception, which a notebook says first
     harmless: bool = False
 
 
@@ -296,8 +298,9 @@ def _begin(reader: _Reader, chains: list[Chain], line: str) -> None:
         reader.chain = len(chains) - 1
     reader.frames, reader.message, reader.joined, reader.harmless = True, 0, False, False
     reader.code = False
-    boxed = line.startswith(("╭", "┌", "+-"))
+    boxed = "─" in line or line.startswith("+-")
     reader.form = "box" if boxed else "" if f"{HEADER}:" in line else "notebook"
+    reader.name = line.partition(" ")[0] if reader.form == "notebook" else ""
 
 
 def _is_frame(reader: _Reader, line: str) -> bool:
@@ -305,9 +308,11 @@ def _is_frame(reader: _Reader, line: str) -> bool:
     if reader.form == "box":
         return line.startswith(("│", "╰", "└", "|"))
     if reader.form == "notebook":
-        return EXCEPTION.match(line) is None
+        return not line.startswith(f"{reader.name}:") and EXCEPTION.match(line) is None
     quoted, reader.code = reader.code, line.startswith('File "')  # a logger that strips its lines
-    return reader.code or (quoted and EXCEPTION.match(line) is None) or line.startswith((*INDENTED, "[Previous line"))
+    mixed = not line.strip("^~ ") or ('File "' in line and '", line ' in line)  # with another process's
+    plain = reader.code or (quoted and EXCEPTION.match(line) is None)
+    return plain or mixed or line.startswith((*INDENTED, "[Previous line"))
 
 
 def _say(chain: Chain, position: int, *, head: bool) -> None:

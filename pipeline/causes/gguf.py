@@ -139,7 +139,7 @@ CAUSES = (
     ),
     Cause(
         "gguf-incomplete",
-        "the GGUF file lacks tensors or its end",
+        "the GGUF file lacks tensors or its end, or is none",
         (
             "check_tensor_dims: tensor '*' not found",
             "missing tensor '",
@@ -152,6 +152,8 @@ CAUSES = (
             "gguf_init_from_reader: failed",
             "gguf_init_from_reader: number of tensors is",
             "model is corrupted or incomplete",
+            "is this really a GGML file?",
+            "is this really a GGUF file?",
             "invalid model: tensor '",
         ),
         "convert and upload it anew; a download that broke off looks the same",
@@ -175,8 +177,16 @@ CAUSES = (
     ),
     Cause(
         "quantize-failed",
-        "llama.cpp could not quantise the file",
-        ("failed to quantize model from", "failed to quantize: "),
+        "llama.cpp could not make the file",
+        (
+            "failed to quantize model from",
+            "failed to quantize: ",
+            "Unsloth: Quantization failed",
+            "Unsloth: GGUF conversion failed",
+            "Unsloth: Failed to convert model to GGUF",
+            "Unsloth: Failed compiling llama.cpp",
+            "Unsloth: Conversion failed",
+        ),
         "the lines above it name the tensor or the file",
         weight=Weight.WEAK,
     ),

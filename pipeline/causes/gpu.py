@@ -122,6 +122,8 @@ CAUSES = (
             "Timed out waiting",
             "Timed out after * waiting for recv operation",
             "NCCL watchdog thread terminated",
+            "Timeout at NCCL work",
+            "Some NCCL operations have failed or timed out",
         ),
         "a flavor with one GPU, or look for what the other process did: its error stands in the same log",
         weight=WEAK,

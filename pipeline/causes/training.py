@@ -278,11 +278,11 @@ CAUSES = (
     ),
     Cause(
         "no-loss",
-        "the model got no labels, so it has no loss",
+        "the model gets no column that it reads, or no labels: there is no loss",
         (
             "The model did not return a loss from the inputs",
             "No columns in the dataset match the model's forward method signature",
-            "the following columns don't have a corresponding argument in",
+            "is out of bounds for size 0",
         ),
         "rows need `messages`, `prompt` and `completion`, or `text`: `mergetune check {path}` reads them",
         rule="DAT002",

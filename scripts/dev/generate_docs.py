@@ -64,7 +64,7 @@ def diagnoses_page() -> str:
         NOTE,
         "# Diagnoses",
         "What `mergetune diagnose` finds in a log, by area. `{word}` is a word of the log or of the experiment; where "
-        "an edit can be computed (a length, a flavor, a timeout), the diagnosis shows it from the old value to the new one.",
+        "an edit can be computed (a length, a flavor, a timeout), the diagnosis shows it from old to new value.",
     ]
     for area, causes in {"The server of jobs": SERVER_CAUSES, **CAUSES_BY_AREA}.items():
         rows = ["| id | cause | a retry may pass | fix | rule |", "|---|---|---|---|---|"]
