@@ -26,9 +26,10 @@ from dataclasses import dataclass, replace
 
 from pipeline.causes import LOG_CAUSES, SERVER_CAUSES, Cause, Pattern, Weight, fill
 from pipeline.events import parse_event
-from pipeline.log_lines import Chain, Kind, Log, clipped, read_log
+from pipeline.log_lines import Log, clipped, read_log
 from pipeline.oom import part_of
 from pipeline.telling import telling_lines
+from pipeline.tracebacks import Chain, Kind
 
 LONGEST = 300  # characters of a log line worth showing
 MOST_HITS = 100  # of one pattern, from each end of the log

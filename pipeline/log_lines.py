@@ -12,18 +12,17 @@ Colour, carriage returns and what launchers put in front (time, rank, level) are
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from enum import Enum, auto
+from dataclasses import dataclass
 
 from pipeline.errors import redact
 from pipeline.events import EVENT_PREFIX, parse_event
+from pipeline.tracebacks import HEADER, Chain, Kind, is_step, read_tracebacks
 
 LONGEST_LINE = 4000  # characters of a line that are looked at
 MOST_CHARACTERS = 8_000_000  # of lines that differ; of more, the beginning and the end
 SAME_SHAPE = 40  # lines that differ in digits alone: progress, retries, heartbeats
 TAIL_KEPT = 400  # lines of the end, kept whatever they look like
 TAIL_LINES = 40  # where a crash tells its cause
-MESSAGE_LINES = 12  # an exception's message may go on below its first line
 
 ANSI = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]{0,200}(?:\x07|\x1b\\)?|[@-Z\\-_])")
 DIGITS = str.maketrans("", "", "0123456789")
@@ -42,10 +41,6 @@ LEVEL = re.compile(
     r"\[?(ERROR|CRITICAL|FATAL|WARNING|WARN|INFO|DEBUG)(?:\|[^\]\n]{1,80}\] ?|\]:?|:| -| \||(?= )) *(?:[\w.]+ - )?"
     r"|\[?(error|warning|info)(?:\]:?|:) *"
 )
-INDENTED = ("  ", "\t")
-HEADER = "Traceback (most recent call last)"
-JOINERS = ("During handling of the above exception", "The above exception was the direct cause")
-EXCEPTION = re.compile(r"(?:[A-Za-z_][\w]*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Timeout|Exit|StopIteration)(?::|$)")
 WARNING = re.compile(r"\b\w{0,40}Warning: ")
 BAR = re.compile(r"\d+%\|[^|]{0,200}\| *(\d+)/(\d+)")
 # Words of lines that stand in healthy logs too.
@@ -88,28 +83,6 @@ HARMLESS = (
 LIFE_EVENTS = ("step", "eval", "pushed", "published", "end")
 
 
-class Kind(Enum):
-    """What a line is."""
-
-    PLAIN = auto()
-    QUIET = auto()
-    NOISE = auto()
-    FRAME = auto()
-    FATAL = auto()
-    OUTLIVED = auto()
-
-
-@dataclass
-class Chain:
-    """Tracebacks that belong together, as Python joins them; numbers are positions in the log's kept lines."""
-
-    frames: list[int] = field(default_factory=list)
-    heads: list[int] = field(default_factory=list)  # first lines of the messages
-    messages: list[int] = field(default_factory=list)
-    harmless: bool = False
-    end: int = 0
-
-
 @dataclass(frozen=True)
 class Log:
     """The kept lines of a log, cleaned, with what each is. `last_step` is the last line with a loss."""
@@ -141,7 +114,7 @@ def read_log(text: str) -> Log:
     bars: dict[str, int] = {}
     for raw in _kept(_cut(text)):
         line, tag, level = _bare(raw)
-        if _is_step(line):
+        if is_step(line):
             alive, last_step = len(kept), line
         elif _is_life(line, bars):
             alive = len(kept)
@@ -149,7 +122,7 @@ def read_log(text: str) -> Log:
         tags.append(tag)
         levels.append(level)
     kinds = [_kind(line, level) for line, level in zip(kept, levels, strict=True)]
-    chains = _tracebacks(kept, tags, kinds)
+    chains = read_tracebacks(kept, tags, kinds)
     chain_at = {}
     for number, chain in enumerate(chains):
         for position in chain.messages:
@@ -178,7 +151,7 @@ def _kept(text: str) -> list[str]:
     for position, line in enumerate(lines):
         shape = line.translate(DIGITS)
         seen[shape] = seen.get(shape, 0) + 1
-        if seen[shape] <= SAME_SHAPE or position >= tail or _is_step(line):
+        if seen[shape] <= SAME_SHAPE or position >= tail or is_step(line):
             kept.append(line)
     return list(_within(kept))
 
@@ -213,10 +186,6 @@ def _bare(line: str) -> tuple[str, str, str]:
     return line.rstrip(), tag, level
 
 
-def _is_step(line: str) -> bool:
-    return ("'loss':" in line or '"loss":' in line) and ("{" in line)
-
-
 def _is_life(line: str, bars: dict[str, int]) -> bool:
     """Something goes on: an event of progress, or a bar that has moved since it was last seen."""
     if line.startswith(EVENT_PREFIX):
@@ -245,81 +214,6 @@ def _kind(line: str, level: str) -> Kind:
         return Kind.NOISE
     quiet = level in ("WARNING", "WARN", "INFO", "DEBUG") or line.startswith(("note:", "hint:"))
     return Kind.QUIET if quiet or WARNING.search(line) else Kind.PLAIN
-
-
-@dataclass
-class _Reader:
-    """How far the traceback of one process has been read."""
-
-    chain: int = -1
-    frames: bool = False
-    message: int = 0  # lines that the message may still go on
-    joined: bool = False
-    code: bool = False  # the next line quotes code, although nothing is indented
-    form: str = ""  # `box`: drawn by rich; `notebook`: without `File` lines
-    name: str = ""  # of the exception, which a notebook says first
-    harmless: bool = False
-
-
-def _tracebacks(lines: list[str], tags: list[str], kinds: list[Kind]) -> list[Chain]:
-    """Every traceback, those of different processes apart; marks their frames in `kinds`."""
-    chains: list[Chain] = []
-    readers: dict[str, _Reader] = {}
-    for position, line in enumerate(lines):
-        reader = readers.setdefault(tags[position], _Reader())
-        if HEADER in line:
-            _begin(reader, chains, line)
-            kinds[position] = Kind.FRAME
-            chains[reader.chain].frames.append(position)
-        elif reader.frames and _is_frame(reader, line):
-            kinds[position] = Kind.FRAME
-            chains[reader.chain].frames.append(position)
-        elif reader.frames:
-            reader.frames, reader.message = False, MESSAGE_LINES
-            _say(chains[reader.chain], position, head=True)
-        elif line.startswith(JOINERS):
-            reader.joined = reader.chain >= 0
-            kinds[position] = Kind.FRAME
-        elif reader.message and kinds[position] is Kind.PLAIN and not _is_step(line):
-            _say(chains[reader.chain], position, head=False)
-            reader.message -= 1
-        elif kinds[position] is Kind.PLAIN and EXCEPTION.match(line):
-            chains.append(Chain())  # its traceback was mixed up with another process's, or cut off
-            _say(chains[-1], position, head=True)
-        else:
-            reader.message = 0
-            reader.harmless = "Exception ignored in" in line or "--- Logging error ---" in line
-    return chains
-
-
-def _begin(reader: _Reader, chains: list[Chain], line: str) -> None:
-    if not reader.joined:
-        chains.append(Chain(harmless=reader.harmless))
-        reader.chain = len(chains) - 1
-    reader.frames, reader.message, reader.joined, reader.harmless = True, 0, False, False
-    reader.code = False
-    boxed = "─" in line or line.startswith("+-")
-    reader.form = "box" if boxed else "" if f"{HEADER}:" in line else "notebook"
-    reader.name = line.partition(" ")[0] if reader.form == "notebook" else ""
-
-
-def _is_frame(reader: _Reader, line: str) -> bool:
-    """Whether a line still belongs to the calls of a traceback; its message comes after them."""
-    if reader.form == "box":
-        return line.startswith(("│", "╰", "└", "|"))
-    if reader.form == "notebook":
-        return not line.startswith(f"{reader.name}:") and EXCEPTION.match(line) is None
-    quoted, reader.code = reader.code, line.startswith('File "')  # a logger that strips its lines
-    mixed = not line.strip("^~ ") or ('File "' in line and '", line ' in line)  # with another process's
-    plain = reader.code or (quoted and EXCEPTION.match(line) is None)
-    return plain or mixed or line.startswith((*INDENTED, "[Previous line"))
-
-
-def _say(chain: Chain, position: int, *, head: bool) -> None:
-    chain.messages.append(position)
-    if head:
-        chain.heads.append(position)
-    chain.end = position
 
 
 def clipped(text: str, limit: int) -> str:

@@ -2,7 +2,8 @@
 
 import re
 
-from pipeline.log_lines import Kind, Log, clipped
+from pipeline.log_lines import Log, clipped
+from pipeline.tracebacks import Kind
 
 MOST_LINES, LONGEST = 15, 200
 # Words that healthy lines hardly hold.

@@ -43,6 +43,7 @@ LAYERS = {
     "diagnose": 1,
     "causes": 1,
     "log_lines": 1,
+    "tracebacks": 1,
     "telling": 1,
     "remedy": 1,
     "remedy_gpu": 1,

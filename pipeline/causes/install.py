@@ -1,8 +1,8 @@
-"""Causes of failure before anything runs: packages, versions, native libraries, the script itself."""
+"""Causes of failure before anything runs: packages, their versions, native libraries, compilers."""
 
 from pipeline.causes.cause import Cause, Weight
 
-STRONG, WEAK, LAST = Weight.STRONG, Weight.WEAK, Weight.LAST
+STRONG = Weight.STRONG
 CAUSES = (
     Cause(
         "flash-attn-build",
@@ -293,116 +293,5 @@ CAUSES = (
         ),
         "a version of it that has wheels, in the script's header",
         rule="SCR002",
-    ),
-    Cause(
-        "tracker-login",
-        "the experiment tracker wants a login",
-        (
-            "api_key not configured (no-tty)",
-            "No API key configured. Use `wandb login`",
-            "wandb.errors.UsageError",
-            "wandb.errors.CommError",
-            "wandb.errors.errors.CommError",
-            "wandb.errors.errors.UsageError",
-            "wandb.errors.AuthenticationError",
-            "wandb.sdk.lib.apikey",
-            "You must call wandb.init() before",
-            "The API key is not provided",
-            "API key must be 40 characters long",
-            "mlflow.exceptions.MlflowException",
-            "CometML requires an API key",
-        ),
-        "`train.tracking: none`",
-        rule="TRK002",
-        weight=STRONG,
-    ),
-    Cause(
-        "tracker-missing",
-        "the experiment tracker is not installed",
-        (
-            "TrackioCallback requires trackio to be installed",
-            "WandbCallback requires wandb to be installed",
-            "TensorBoardCallback requires tensorboard to be installed",
-            "Callback requires {tracker} to be installed",
-        ),
-        "`train.tracking: none`, or add it to the script's header",
-        rule="TRK003",
-        weight=STRONG,
-    ),
-    Cause(
-        "asks-a-person",
-        "something asks a person for input, and nobody is there",
-        ("EOFError: EOF when reading a line", "^EOFError$", "GetPassWarning", "Device login", "termios.error"),
-        "no `login()` and no prompt in a job: `HF_TOKEN` is found by itself",
-        rule="SCR005",
-    ),
-    Cause(
-        "script-fault",
-        "the script itself is wrong",
-        (
-            "SyntaxError:",
-            "IndentationError:",
-            "TabError:",
-            "NameError: name '{name}' is not defined",
-            "UnboundLocalError:",
-        ),
-        "mend the script at the line that the traceback names; `mergetune rehearse {path}` runs it on the CPU",
-        rule="SCR001",
-    ),
-    Cause(
-        "not-writable",
-        "the job may not write there, or may not run this",
-        ("PermissionError: [Errno 13]", "Read-only file system", "[Errno 30]", "Permission denied (os error 13)"),
-        "write below the work folder or `/tmp`; mounted inputs are read-only",
-    ),
-    Cause(
-        "not-there",
-        "a file or a program is not there: `{program}`",
-        (
-            "[Errno 2] No such file or directory: '{program}'$",
-            'exec: "{program}": executable file not found in $PATH',
-            ": line *: {program}: command not found",
-            ": {program}: command not found",
-            ": {program}: not found$",
-            "Failed to spawn: `{program}`",
-            "failed to open GGUF file '{program}'",
-            "can't open file '{program}': [Errno 2]",
-            "FileNotFoundError: {program}",
-        ),
-        "correct the path, or use an image that has it",
-    ),
-    Cause(
-        "attribute",
-        "the code asks `{owner}` for `{name}`, which it does not have: code and library are of different versions",
-        (
-            "AttributeError: '{owner}' object has no attribute '{name}'",
-            "type object '{owner}' has no attribute '{name}'",
-        ),
-        "pin the versions that were tested together, as the headers of `scripts/` do",
-        rule="SCR002",
-        weight=LAST,
-    ),
-    Cause(
-        "import",
-        "a package cannot be imported: {why}",
-        ("ImportError: {why}",),
-        "the versions that the headers of `scripts/` pin",
-        rule="SCR002",
-        weight=LAST,
-    ),
-    Cause(
-        "child-failed",
-        "a child process failed, and its own error is not in the log",
-        (
-            "ChildFailedError",
-            "subprocess.CalledProcessError",
-            "returned non-zero exit status",
-            "Root Cause (first observed failure)",
-            "failed (exitcode: 1)",
-            "ProcessExitedException",
-            "ProcessRaisedException",
-        ),
-        "look further up, or in the other process's log, for the first traceback",
-        weight=LAST,
     ),
 )

@@ -392,9 +392,7 @@ def hub_in_trouble() -> None:
     """The first request is answered after a repetition; a later one is not."""
     from huggingface_hub import HfApi
 
-    print(
-        "HTTP Error 503 thrown while requesting GET https://huggingface.co/api/models/acme/base: Retrying in 1s [Retry 1/5]."
-    )
+    print("HTTP Error 503 thrown while requesting GET https://huggingface.co/api/models/acme: Retrying in 1s.")
     print("Fetching 8 files: 100%|##########| 8/8 [00:04<00:00,  1.9it/s]")
     HfApi().model_info("acme/in-trouble")
 
@@ -514,9 +512,8 @@ def convert_quantised_model() -> None:
 
 
 def convert_an_adapter() -> None:
-    from transformers import AutoModelForCausalLM
-
     from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base("qwen3"))
     get_peft_model(model, lora(target_modules=["q_proj"])).save_pretrained("adapter")
