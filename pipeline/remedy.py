@@ -75,10 +75,13 @@ def _gpu_memory(found: Diagnosis, plan: Plan, stage: Stage, log: str) -> str:
 
 
 def _one_gpu(found: Diagnosis, plan: Plan, stage: Stage, log: str) -> str:
-    """The cheapest flavor with one GPU that the training fits."""
+    """One such GPU, if the training fits it, else the cheapest flavor with one that it fits."""
     if stage.flavor.gpus < 2 or plan.shape is None:
         return ""
-    return _flavor_edit(stage, cheapest_flavor(plan.experiment, plan.shape))
+    need = estimate_memory(plan.experiment, plan.shape)
+    alike = [flavor for flavor in gpu_flavors() if flavor.gpu == stage.flavor.gpu and need.fits(flavor)]
+    one = max(alike, key=lambda flavor: flavor.ram_gib, default=None)
+    return _flavor_edit(stage, one or cheapest_flavor(plan.experiment, plan.shape))
 
 
 def _newer_gpu(found: Diagnosis, plan: Plan, stage: Stage, log: str) -> str:

@@ -217,11 +217,11 @@ CAUSES = (
     ),
     Cause(
         "split-missing",
-        "the dataset has no split `{split}`",
+        "the dataset has no split of that name",
         (
-            'Unknown split "{split}"',
-            "ValueError: Split {split} not found",
-            "Bad split: {split}.",
+            'Unknown split "*"',
+            "ValueError: Split * not found",
+            "Bad split: *.",
             *(f"KeyError: '{split}'$" for split in SPLITS),
         ),
         "`data.split`: one that it has (and `data.eval.split`)",

@@ -111,7 +111,7 @@ CAUSES = (
     Cause(
         "tensor-unmapped",
         "the converter does not know the tensor `{tensor}`",
-        ("Can not map tensor '{tensor}'", "Unprocessed experts: ", "Unexpected tensor name: {tensor}"),
+        ("Can not map tensor '{tensor}'", "Unexpected tensor name: {tensor}"),
         "another base, or leave `gguf` out",
         rule="REL001",
         weight=STRONG,
