@@ -111,7 +111,8 @@ def test_a_longer_timeout_may_need_a_larger_budget() -> None:
 
 
 def test_a_pace_from_a_progress_bar() -> None:
-    bar = "Map: 100%|██████████| 1000/1000 [00:01<00:00, 900.1 examples/s]\n 32%|███  | 120/375 [4:00:00<8:30:00, 120.00s/it]\n"
+    rows = "Map: 100%|██████████| 1000/1000 [00:01<00:00, 900.1 examples/s]\n"
+    bar = f"{rows} 32%|███  | 120/375 [4:00:00<8:30:00, 120.00s/it]\n"
     pace = read_pace(bar)
     assert pace is not None
     assert (pace.done, pace.total, pace.needed_s) == (120, 375, 45_000.0)

@@ -12,6 +12,7 @@ CAUSES = (
             "error: unrecognized arguments: {argument}",
             "got an unexpected keyword argument {argument}",
             "are not used by the HfArgumentParser: ['{argument}'",
+            "are not used by the model: ['{argument}'",
             "got multiple values for keyword argument '{argument}'",
             "got multiple values for argument '{argument}'",
             "No such option: {argument}",
@@ -81,5 +82,19 @@ CAUSES = (
         "set `data.eval`, or remove the evaluation from `train.sft`",
         rule="TRN003",
         weight=STRONG,
+    ),
+    Cause(
+        "bad-config",
+        "a configuration file is not valid",
+        (
+            "yaml.scanner.ScannerError",
+            "yaml.parser.ParserError",
+            "yaml.constructor.ConstructorError",
+            "yaml.composer.ComposerError",
+            "validation error for",
+            "validation errors for",
+            "tomllib.TOMLDecodeError",
+        ),
+        "mend it at the line that the message names; `mergetune check {path}` shows the place in an experiment",
     ),
 )

@@ -14,6 +14,7 @@ CAUSES = (
             "unknown pre-tokenizer type: '",
             "missing or unrecognized pre-tokenizer type",
             "cannot find tokenizer merges in model file",
+            "must be converted with BpeVocab",
         ),
         BASE_FILES,
         rule="REL001",
@@ -99,6 +100,7 @@ CAUSES = (
         "this is no whole model: an adapter that was not merged, or a folder without the model's `config.json`",
         (
             "Can not map tensor 'base_model.model.",
+            "Can not map tensor '*lora_",
             "No such file or directory: '*config.json'",
             "Failed to detect model architecture",
             "KeyError: 'architectures'",
@@ -111,7 +113,7 @@ CAUSES = (
     Cause(
         "tensor-unmapped",
         "the converter does not know the tensor `{tensor}`",
-        ("Can not map tensor '{tensor}'", "Unexpected tensor name: {tensor}"),
+        ("Can not map tensor '{tensor}'", "Duplicated tensor name '{tensor}'", "Unexpected tensor name: {tensor}"),
         "another base, or leave `gguf` out",
         rule="REL001",
         weight=STRONG,
@@ -186,6 +188,7 @@ CAUSES = (
             "Unsloth: Failed to convert model to GGUF",
             "Unsloth: Failed compiling llama.cpp",
             "Unsloth: Conversion failed",
+            "Unsloth: The file 'llama.cpp/llama-quantize'",
         ),
         "the lines above it name the tensor or the file",
         weight=Weight.WEAK,

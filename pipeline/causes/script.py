@@ -6,7 +6,7 @@ STRONG, LAST = Weight.STRONG, Weight.LAST
 CAUSES = (
     Cause(
         "tracker-login",
-        "the experiment tracker wants a login",
+        "the experiment tracker cannot be reached, or wants a login",
         (
             "api_key not configured (no-tty)",
             "No API key configured. Use `wandb login`",
@@ -16,6 +16,8 @@ CAUSES = (
             "wandb.errors.errors.UsageError",
             "wandb.errors.AuthenticationError",
             "wandb.sdk.lib.apikey",
+            "wandb.sdk.lib.service",
+            "ServicePollForTokenError",
             "You must call wandb.init() before",
             "The API key is not provided",
             "API key must be 40 characters long",
@@ -95,7 +97,7 @@ CAUSES = (
     Cause(
         "import",
         "a package cannot be imported: {why}",
-        ("ImportError: {why}",),
+        ("ImportError: {why}", "RuntimeError: Failed to import {why} because of the following error"),
         "the versions that the headers of `scripts/` pin",
         rule="SCR002",
         weight=LAST,

@@ -53,6 +53,7 @@ CAUSES = (
             "Unexpected key(s) in state_dict",
             "Missing key(s) in state_dict",
             "mismatched shapes",
+            "KeyError: '*.weight'$",
         ),
         "the base and revision that the adapter was trained on, with its own tokenizer: no added tokens",
         weight=STRONG,
