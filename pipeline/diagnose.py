@@ -69,13 +69,13 @@ class Diagnosis:
 class _Match:
     """One cause at one line."""
 
-    rank: tuple[int, int, int, int]  # minus its score, start of its traceback, place in the table, position: least wins
+    rank: tuple[int, ...]  # minus its score, start of its traceback, places of cause and pattern, position: least wins
     cause: Cause
     words: dict[str, str]
 
     @property
     def position(self) -> int:
-        return self.rank[3]
+        return self.rank[-1]
 
 
 def diagnose(log: str, message: str = "") -> Diagnosis:
@@ -146,11 +146,11 @@ def _matches(log: Log) -> Iterator[_Match]:
     for line in log.lines:
         starts.append(starts[-1] + len(line) + 1)
     for order, cause in enumerate(LOG_CAUSES):
-        for pattern in cause.patterns:
+        for place, pattern in enumerate(cause.patterns):
             for position in _hits(text, pattern, starts):
                 score = _score(log, cause, position)
                 if score is not None and (words := pattern.match(log.lines[position])) is not None:
-                    yield _Match((-score, log.start_of(position), order, position), cause, words)
+                    yield _Match((-score, log.start_of(position), order, place, position), cause, words)
 
 
 def _hits(text: str, pattern: Pattern, starts: list[int]) -> Iterator[int]:

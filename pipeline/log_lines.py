@@ -42,7 +42,7 @@ LEVEL = re.compile(
     r"|\[?(error|warning|info)(?:\]:?|:) *"
 )
 WARNING = re.compile(r"\b\w{0,40}Warning: ")
-BAR = re.compile(r"\d+%\|[^|]{0,200}\| *(\d+)/(\d+)")
+BAR = re.compile(r" {0,3}\d+%\|[^|]{0,200}\| *(\d+)/(\d+)")  # of training: those of loading and mapping have a name
 # Words of lines that stand in healthy logs too.
 HARMLESS = (
     "Retrying in ",
@@ -145,7 +145,7 @@ def _kept(text: str) -> list[str]:
         text = ANSI.sub("", text)
     if f"{HEADER}:\\n" in text:  # a child's output, printed by its parent as the text of bytes
         text = text.replace("\\n", "\n")
-    lines = [part[:LONGEST_LINE] for part in re.split(r"[\r\n]+", text) if part.strip()]
+    lines = [_bounded(part) for part in re.split(r"[\r\n]+", text) if part.strip()]
     seen: dict[str, int] = {}
     kept, tail = [], len(lines) - TAIL_KEPT
     for position, line in enumerate(lines):
@@ -154,6 +154,11 @@ def _kept(text: str) -> list[str]:
         if seen[shape] <= SAME_SHAPE or position >= tail or is_step(line):
             kept.append(line)
     return list(_within(kept))
+
+
+def _bounded(line: str) -> str:
+    """A line's beginning and end: a launcher prints its whole command, and then how it ended."""
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE // 2]}…{line[-LONGEST_LINE // 2 :]}"
 
 
 def _within(lines: list[str]) -> Iterator[str]:
@@ -191,7 +196,7 @@ def _is_life(line: str, bars: dict[str, int]) -> bool:
     if line.startswith(EVENT_PREFIX):
         event = parse_event(line)
         return event is not None and event["event"] in LIFE_EVENTS
-    if "%|" not in line or not (bar := BAR.search(line)):
+    if "%|" not in line or not (bar := BAR.match(line)):
         return False
     before, now = bars.get(bar[2], 0), int(bar[1][:12])
     bars[bar[2]] = max(before, now)

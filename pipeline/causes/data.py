@@ -159,8 +159,8 @@ CAUSES = (
         "mixed-columns",
         "the rows do not share one form: columns or types differ",
         (
-            "DatasetGenerationCastError",
             "All the data files must have the same columns",
+            "DatasetGenerationCastError",
             "column names don't match",
             "Couldn't cast",
             "cannot mix list and non-list",
