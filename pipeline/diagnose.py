@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from pipeline.causes import LOG_CAUSES, SERVER_CAUSES, Cause, Pattern, Weight, fill
 from pipeline.events import parse_event
 from pipeline.log_lines import Log, clipped, read_log
+from pipeline.loss_trend import loss_trend
 from pipeline.oom import part_of
 from pipeline.telling import telling_lines
 from pipeline.tracebacks import Chain, Kind
@@ -90,10 +91,11 @@ def diagnose(log: str, message: str = "") -> Diagnosis:
     matches = list(_matches(taken))
     found = min(matches, key=lambda match: match.rank, default=None)
     unknown = _first_unknown(taken, matches)
+    is_quiet = unknown is None and (found is None or found.cause.weight is Weight.LAST)
+    if is_quiet and (said := _of_text(message) or _flat(taken)):
+        return said
     if found is not None and (unknown is None or _beats(found, unknown)):
         return _with_part(taken, found, _diagnosis(found.cause, found.words, taken.lines[found.position]))
-    if unknown is None and (said := _of_text(message)):
-        return said
     evidence = taken.lines[unknown.heads[-1]] if unknown else taken.lines[-1]
     hint = "read the job's log"
     return Diagnosis(NOT_KNOWN, clipped(evidence, LONGEST), False, hint, lines=telling_lines(taken))
@@ -121,6 +123,15 @@ def _of_text(text: str) -> Diagnosis | None:
     return None
 
 
+def _flat(log: Log) -> Diagnosis | None:
+    """No failure at all, only a training that learnt nothing."""
+    if log.chains or (trend := loss_trend(log.lines)) is None or trend.falls:
+        return None
+    cause = f"the loss did not fall: {trend.first:.3g} at first, {trend.last:.3g} at last"
+    hint = "a tenth of `train.learning_rate`; look at the rows, and at what the loss counts (`train.loss_on`)"
+    return Diagnosis(cause, clipped(log.last_step, LONGEST), False, hint, "loss-not-falling", "TRN008")
+
+
 def _error_event(log: Log) -> Diagnosis | None:
     """What the job script itself said: it knows best, and marks what a new attempt may pass."""
     for line in log.lines:
@@ -146,6 +157,8 @@ def _matches(log: Log) -> Iterator[_Match]:
     for line in log.lines:
         starts.append(starts[-1] + len(line) + 1)
     for order, cause in enumerate(LOG_CAUSES):
+        if any(word in text for word in cause.unless):
+            continue
         for place, pattern in enumerate(cause.patterns):
             for position in _hits(text, pattern, starts):
                 score = _score(log, cause, position)

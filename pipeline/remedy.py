@@ -181,6 +181,7 @@ EDITS: dict[str, Callable[[Diagnosis, Plan, Stage, str], str]] = {
     "job-timeout": _longer,
     "time-limit": _longer,
     "nan-loss": _slower,
+    "loss-not-falling": _slower,
     "targets-missing": _all_linear,
     "no-rows": _longer_rows,
     "packing-attention": _unpacked,

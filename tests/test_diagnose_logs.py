@@ -74,7 +74,7 @@ def test_cause_evidence_and_fix(path: Path) -> None:
 
 
 @each_log
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [pytest.param(v, marks=pytest.mark.slow) if "noise" in v else v for v in VARIANTS])
 def test_other_clothes_do_not_matter(path: Path, variant: str) -> None:
     said = expected(path)
     found = diagnose(VARIANTS[variant](path.read_text(encoding="utf-8")), str(said.get("message", "")))
@@ -114,6 +114,7 @@ def test_code_that_a_traceback_quotes_is_not_the_cause() -> None:
     assert diagnose(f"Traceback (most recent call last):\n{frames}AssertionError: odd rows\n").id == ""
 
 
+@pytest.mark.slow
 def test_a_large_log_takes_little_time() -> None:
     hostile = "".join(
         f"{chr(97 + n % 26)}{'CUDA out ' * 9}{'403' * 5}{n:x}{'(' * 40}{n * 7919:x}\n" for n in range(140_000)
@@ -133,3 +134,22 @@ def test_the_most_telling_lines_of_an_unknown_failure() -> None:
     assert 1 < len(found.lines) <= 15
     assert any("sampler disagrees" in line for line in found.lines)
     assert any("curriculum says 4" in line for line in found.lines)
+
+
+def test_a_training_that_learnt_nothing() -> None:
+    def log(*losses: float) -> str:
+        return "".join(f"{{'loss': '{loss}', 'grad_norm': '1.0', 'epoch': '0.1'}}\n" for loss in losses)
+
+    found = diagnose(log(*[2.31] * 8, *[2.3] * 8))
+    assert (found.id, found.cause) == ("loss-not-falling", "the loss did not fall: 2.31 at first, 2.3 at last")
+    assert diagnose(log(*[2.31] * 8, *[1.9] * 8)).id == ""
+    assert diagnose(log(*[2.31] * 5)).id == ""
+    killed = log(*[2.31] * 16) + "Killed\n"
+    assert diagnose(killed).id == "host-oom"
+
+
+def test_a_push_that_is_seen_is_not_missed() -> None:
+    ended = "{'train_runtime': '8.1', 'train_loss': '1.3'}\n"
+    assert diagnose(ended).id == "nothing-pushed"
+    assert diagnose(f"{ended}Uploading adapter.safetensors\n").id == ""
+    assert diagnose(ended, "Job failed with exit code: 137. Reason: OOMKilled").id == "host-oom"

@@ -48,6 +48,7 @@ LAYERS = {
     "remedy": 1,
     "remedy_gpu": 1,
     "pace": 1,
+    "loss_trend": 1,
     "oom": 1,
     "diagnose_request": 3,
     "cli_diagnose": 4,

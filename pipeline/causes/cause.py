@@ -79,7 +79,7 @@ class Cause:
 
     `cause` and `fix` may hold `{word}` of a pattern; `fix` also `{stage}`, `{name}`, `{namespace}`, `{path}`, `{base}`,
     `{dataset}`, `{repo}` and `{learning_rate}` of the experiment. `within`: one of these stands in the traceback above
-    the line. `rule` is the preflight rule that looks for it.
+    the line. `unless`: none of these stands anywhere in the log. `rule` is the preflight rule that looks for it.
     """
 
     id: str
@@ -90,6 +90,7 @@ class Cause:
     rule: str = ""
     weight: Weight = Weight.PLAIN
     within: tuple[str, ...] = ()
+    unless: tuple[str, ...] = ()
 
     @cached_property
     def patterns(self) -> tuple[Pattern, ...]:

@@ -279,4 +279,22 @@ CAUSES = (
         transient=True,
         weight=WEAK,
     ),
+    Cause(
+        "nothing-pushed",
+        "the training ended, and no line shows that its result was pushed: pushes in the background fail without a word",
+        ("'train_runtime': ", '"train_runtime": '),
+        "end the script with `trainer.push_to_hub()`, which raises; " + TOKEN,
+        rule="SCR008",
+        weight=Weight.LAST,
+        unless=(
+            "Uploading",
+            "Upload ",
+            "CommitInfo(",
+            "commit_url",
+            "Pushing",
+            "ushed to",
+            '"published"',
+            '"event": "end"',
+        ),
+    ),
 )

@@ -364,6 +364,16 @@ def may_not_upload() -> None:
     upload_file(path_or_fileobj=b"x" * 200, path_in_repo="adapter.safetensors", repo_id="acme/coach-adapter")
 
 
+def pushes_in_the_background() -> None:
+    """Every push is refused, the process ends with 0, and nothing of it is in the log."""
+    hub = {"push_to_hub": True, "hub_model_id": "acme/coach-adapter", "hub_strategy": "every_save", "save_steps": 1}
+    train(disable_tqdm=False, **hub)
+
+
+def loss_stays_where_it_was() -> None:
+    train(learning_rate=1e-12, max_steps=24, logging_steps=1)
+
+
 def may_not_commit() -> None:
     from huggingface_hub import HfApi
 
