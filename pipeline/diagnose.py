@@ -73,6 +73,7 @@ class _Match:
     rank: tuple[int, ...]  # minus its score, start of its traceback, places of cause and pattern, position: least wins
     cause: Cause
     words: dict[str, str]
+    needle: str
 
     @property
     def position(self) -> int:
@@ -95,7 +96,8 @@ def diagnose(log: str, message: str = "") -> Diagnosis:
     if is_quiet and (said := _of_text(message) or _flat(taken)):
         return said
     if found is not None and (unknown is None or _beats(found, unknown)):
-        return _with_part(taken, found, _diagnosis(found.cause, found.words, taken.lines[found.position]))
+        line = _around(found.needle, taken.lines[found.position])
+        return _with_part(taken, found, _diagnosis(found.cause, found.words, line))
     evidence = taken.lines[unknown.heads[-1]] if unknown else taken.lines[-1]
     hint = "read the job's log"
     return Diagnosis(NOT_KNOWN, clipped(evidence, LONGEST), False, hint, lines=telling_lines(taken))
@@ -163,7 +165,7 @@ def _matches(log: Log) -> Iterator[_Match]:
             for position in _hits(text, pattern, starts):
                 score = _score(log, cause, position)
                 if score is not None and (words := pattern.match(log.lines[position])) is not None:
-                    yield _Match((-score, log.start_of(position), order, place, position), cause, words)
+                    yield _Match((-score, log.start_of(position), order, place, position), cause, words, pattern.needle)
 
 
 def _hits(text: str, pattern: Pattern, starts: list[int]) -> Iterator[int]:
@@ -216,6 +218,15 @@ def _first_unknown(log: Log, matches: list[_Match]) -> Chain | None:
 def _beats(found: _Match, unknown: Chain) -> bool:
     """A match against a traceback that nobody knows: the stronger one, or the earlier one."""
     return found.rank[:2] < (-UNKNOWN_SCORE, unknown.heads[0])
+
+
+def _around(needle: str, line: str) -> str:
+    """A line from its beginning; a long one from shortly before what matters, which may stand at its end."""
+    at = line.find(needle)
+    if at + len(needle) < LONGEST:
+        return line
+    start = max(0, min(at - LONGEST // 3, len(line) - LONGEST + 1))
+    return f"…{line[start:]}"
 
 
 def _with_part(log: Log, found: _Match, known: Diagnosis) -> Diagnosis:

@@ -144,7 +144,7 @@ def _kept(text: str) -> list[str]:
     if "\x1b" in text:
         text = ANSI.sub("", text)
     if f"{HEADER}:\\n" in text:  # a child's output, printed by its parent as the text of bytes
-        text = text.replace("\\n", "\n")
+        text = text.replace("\\n", "\n").replace("\\'", "'")
     lines = [_bounded(part) for part in re.split(r"[\r\n]+", text) if part.strip()]
     seen: dict[str, int] = {}
     kept, tail = [], len(lines) - TAIL_KEPT

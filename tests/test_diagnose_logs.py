@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.diagnose import diagnose
+from pipeline.diagnose import LONGEST, diagnose
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = sorted((ROOT / "tests/logs").glob("*.log"))
@@ -153,3 +153,19 @@ def test_a_push_that_is_seen_is_not_missed() -> None:
     assert diagnose(ended).id == "nothing-pushed"
     assert diagnose(f"{ended}Uploading adapter.safetensors\n").id == ""
     assert diagnose(ended, "Job failed with exit code: 137. Reason: OOMKilled").id == "host-oom"
+
+
+def test_the_evidence_of_a_long_line_shows_what_matters() -> None:
+    command = ", ".join(f"'--option{n}', '{n}'" for n in range(2000))
+    found = diagnose(
+        f"[2024-02-03 11:48:27,267] [ERROR] [launch.py:322:sigkill_handler] [{command}] exits with return code = -9\n"
+    )
+    assert found.id == "host-oom"
+    assert found.evidence.endswith("exits with return code = -9")
+    assert len(found.evidence) <= LONGEST
+
+
+def test_output_of_a_child_as_the_text_of_bytes() -> None:
+    log = r"""Error: b'INFO:hf-to-gguf:Loading\nTraceback (most recent call last):\n  File "c.py", line 1, in <module>\n    main()\n"""
+    log += r"FileNotFoundError: [Errno 2] No such file or directory: \'x/config.json\'\n'"
+    assert diagnose(log.replace("\\\\", "\\")).id == "not-merged"

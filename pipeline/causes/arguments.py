@@ -45,6 +45,7 @@ CAUSES = (
             "{value} is not supported, only ",
             "argument {value}: invalid choice:",
             "Unknown split strategy {value}",
+            "Requested to train {value} layers but the model only has",
             "Unknown loss type: {value}",
             "Unknown loss_type {value}",
             "is not one of the allowed values: {value}",

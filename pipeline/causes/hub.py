@@ -281,20 +281,11 @@ CAUSES = (
     ),
     Cause(
         "nothing-pushed",
-        "the training ended, and no line shows that its result was pushed: pushes in the background fail without a word",
+        "the training ended, and no line shows a push of its result: pushes in the background fail without a word",
         ("'train_runtime': ", '"train_runtime": '),
         "end the script with `trainer.push_to_hub()`, which raises; " + TOKEN,
         rule="SCR008",
         weight=Weight.LAST,
-        unless=(
-            "Uploading",
-            "Upload ",
-            "CommitInfo(",
-            "commit_url",
-            "Pushing",
-            "ushed to",
-            '"published"',
-            '"event": "end"',
-        ),
+        unless=("Upload", "CommitInfo(", "commit_url", "Pushing", "ushed to", '"published"', '"event": "end"'),
     ),
 )

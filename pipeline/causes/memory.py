@@ -69,6 +69,7 @@ CAUSES = (
             "^Killed$",
             " Killed  ",
             " Killed python",
+            " killed  ",
             "Killed (signal 9)",
             "Out of memory: Killed process",
             "Memory cgroup out of memory",
