@@ -166,6 +166,6 @@ def test_the_evidence_of_a_long_line_shows_what_matters() -> None:
 
 
 def test_output_of_a_child_as_the_text_of_bytes() -> None:
-    log = r"""Error: b'INFO:hf-to-gguf:Loading\nTraceback (most recent call last):\n  File "c.py", line 1, in <module>\n    main()\n"""
-    log += r"FileNotFoundError: [Errno 2] No such file or directory: \'x/config.json\'\n'"
-    assert diagnose(log.replace("\\\\", "\\")).id == "not-merged"
+    lines = ["INFO:hf-to-gguf:Loading", "Traceback (most recent call last):", '  File "c.py", line 1, in <module>']
+    lines.append("FileNotFoundError: [Errno 2] No such file or directory: 'x/config.json'")
+    assert diagnose(f"Error: {chr(10).join(lines).encode()!r}\n").id == "not-merged"

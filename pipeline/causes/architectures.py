@@ -87,6 +87,13 @@ CAUSES = (
         weight=STRONG,
     ),
     Cause(
+        "token-types",
+        "this version of the trainer does not give the base an input that it needs in training",
+        ("`token_type_ids` is required as a model input when training", "`token_type_ids` is required"),
+        "the TRL and transformers that the job script pins, or a text-only base of the family",
+        weight=STRONG,
+    ),
+    Cause(
         "remote-code",
         "the repository asks to run code of its own, which is refused",
         (

@@ -19,6 +19,8 @@ CAUSES = (
             "does not support Flash Attention 2.0",
             "Flash Attention 2 is not available",
             "Kernels are not available",
+            "No operator found for `memory_efficient_attention",
+            "xFormers can't load C++/CUDA extensions",
             "flash_attn_2_cuda",
             "requires `flash_attn` to be installed",
             "Flash attention backward",
