@@ -30,7 +30,7 @@ from pipeline.log_lines import Log, clipped, read_log
 from pipeline.loss_trend import loss_trend
 from pipeline.oom import part_of
 from pipeline.telling import telling_lines
-from pipeline.tracebacks import Chain, Kind
+from pipeline.tracebacks import EXCEPTION, Chain, Kind
 
 LONGEST = 300  # characters of a log line worth showing
 MOST_HITS = 100  # of one pattern, from each end of the log
@@ -207,12 +207,11 @@ def _stands_within(log: Log, cause: Cause, position: int) -> bool:
 
 
 def _first_unknown(log: Log, matches: list[_Match]) -> Chain | None:
-    """The first traceback that ended a process and shows no known cause."""
+    """The first traceback that ended a process and shows no known cause; one with the name of an exception, if any."""
     known = {log.chain_at.get(match.position) for match in matches}
-    for number, chain in enumerate(log.chains):
-        if number not in known and log.is_fatal(chain):
-            return chain
-    return None
+    unknown = [chain for number, chain in enumerate(log.chains) if number not in known and log.is_fatal(chain)]
+    named = (chain for chain in unknown if EXCEPTION.match(log.lines[chain.heads[-1]]))
+    return next(named, unknown[0] if unknown else None)
 
 
 def _beats(found: _Match, unknown: Chain) -> bool:

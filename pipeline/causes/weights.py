@@ -19,7 +19,7 @@ CAUSES = (
             "Unable to load weights from pytorch checkpoint file",
             "PytorchStreamReader failed",
             "failed finding central directory",
-            "invalid load key, 'v'",
+            "invalid load key, '",
             "You seem to have cloned a repository without having git-lfs installed",
             "mmap length is greater than file size",
             "UnpicklingError: invalid load key",
