@@ -31,7 +31,7 @@ SCRUBBED = (
     (re.compile(r"[\w.+-]{1,64}@[\w-]{1,64}(?:\.[\w-]{1,64}){1,4}"), "ada@example.org"),
     (re.compile(r"(/home|/Users)/[^/\s\"']{1,64}"), r"\1/ada"),
     (re.compile(r"/[\w./-]{1,200}?/(lib/python3\.\d+/(?:site|dist)-packages)"), r"/usr/local/\1"),
-    (re.compile(r"/usr/(?:local/)?lib/python3\.\d+/(?!site-packages|dist-packages)"), "/usr/local/lib/python3.11/"),
+    (re.compile(r"/[\w./-]{1,200}?/(lib/python3\.\d+/)(?!site-packages|dist-packages)"), r"/usr/local/\1"),
     (re.compile(r"\b(?!127\.0\.0\.1)\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}\b(?!\.\d)"), "192.0.2.1"),
     (re.compile(r"(Request ID: )[^\s)]{1,100}"), r"\1Root=1-0"),
     (
