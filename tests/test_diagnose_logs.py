@@ -169,3 +169,11 @@ def test_output_of_a_child_as_the_text_of_bytes() -> None:
     lines = ["INFO:hf-to-gguf:Loading", "Traceback (most recent call last):", '  File "c.py", line 1, in <module>']
     lines.append("FileNotFoundError: [Errno 2] No such file or directory: 'x/config.json'")
     assert diagnose(f"Error: {chr(10).join(lines).encode()!r}\n").id == "not-merged"
+
+
+def test_a_key_error_of_a_login_is_no_missing_column() -> None:
+    frames = '  File "train.py", line 4, in <module>\n    login(token=os.environ["HF_TOKEN"])\n'
+    frames += (
+        '  File "/usr/lib/python3.11/site-packages/huggingface_hub/_login.py", line 130, in login\n    _login(token)\n'
+    )
+    assert diagnose(f"Traceback (most recent call last):\n{frames}KeyError: 'auth'\n").id == "login-call"

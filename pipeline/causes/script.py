@@ -49,6 +49,14 @@ CAUSES = (
         rule="SCR005",
     ),
     Cause(
+        "login-call",
+        "`login()` failed: it reads the token in a way that the job's token does not bear",
+        ("KeyError: ", "Invalid token passed!", "Token is not valid"),
+        "remove `login()` from the script: `HF_TOKEN` is found by itself",
+        rule="SCR005",
+        within=("huggingface_hub/_login.py", " login(", "notebook_login("),
+    ),
+    Cause(
         "script-fault",
         "the script itself is wrong",
         (
