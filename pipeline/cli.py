@@ -13,6 +13,7 @@ import typer
 
 from pipeline.cli_board import board
 from pipeline.cli_checks import RunFormat, check, fit, plan, planned, print_json, print_markdown, rehearse
+from pipeline.cli_diagnose import diagnose
 from pipeline.cli_github import command, dispatched, doctor, preflight
 from pipeline.cli_runs import cancel, logs, reconcile, retry, run_paid, status
 from pipeline.errors import UserError
@@ -124,7 +125,7 @@ def run(
 
 app.command()(rehearse)
 app.command()(fit)
-for verb in (reconcile, status, logs, cancel, retry, board, preflight, command, dispatched, doctor):
+for verb in (reconcile, status, logs, diagnose, cancel, retry, board, preflight, command, dispatched, doctor):
     app.command()(verb)
 
 

@@ -93,7 +93,7 @@ def logs(
         print(f"{job.stage}, attempt {job.attempt}: {job.state} ({job.url or job.id})", file=sys.stderr)
         namespace = job.repo.split("/")[0]
         if not follow:
-            print(world.remote.log(namespace, job.id))
+            print(world.remote.log(namespace, job.id, whole=True))
             return
         try:
             for line in world.remote.follow(namespace, job.id):

@@ -141,7 +141,7 @@ def look_closely(remote: Remote, plan: Plan, label: str) -> Seen:
 def _log(remote: Remote, namespace: str, job_id: str) -> str:
     """A job's log. One that the server does not keep any more says nothing, and so nothing is tried again."""
     try:
-        return remote.log(namespace, job_id)
+        return remote.log(namespace, job_id, whole=True)
     except HubError as error:
         if error.access is Access.UNREACHABLE:
             raise

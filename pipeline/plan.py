@@ -14,6 +14,7 @@ from pipeline.facts import Facts
 from pipeline.fields import is_path
 from pipeline.flavors import FLAVORS, Flavor
 from pipeline.memory import MemoryEstimate, estimate_memory
+from pipeline.models import ModelShape
 
 # What a section of the file says that decides the result. Flavor, timeout, budget and names do not.
 NOT_IN_FINGERPRINT = {"flavor", "timeout", "tracking", "save_steps"}
@@ -56,6 +57,7 @@ class Plan:
     fingerprint: str
     experiment: Experiment
     stages: tuple[Stage, ...]
+    shape: ModelShape | None = None  # of the base, when it is known
 
     def needs(self, stage: StageName) -> StageName | None:
         """The stage whose artifact `stage` reads, None when it starts from the base alone."""
@@ -145,7 +147,7 @@ def make_plan(experiment: Experiment, facts: Facts) -> Plan:
         seconds = seconds * ratio if seconds and ratio else seconds
         cost = estimate_cost(seconds, section.timeout, flavor, corrected=ratio is not None)
         stages.append(Stage(name, SCRIPTS[name], flavor, section.timeout, cost))
-    return Plan(run_id, fingerprint, experiment, tuple(stages))
+    return Plan(run_id, fingerprint, experiment, tuple(stages), facts.shape)
 
 
 def flavor_named(name: str, section: str) -> Flavor:

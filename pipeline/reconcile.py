@@ -25,7 +25,7 @@ no longer count.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline.cost import billed_usd
 from pipeline.curve_notes import find_waste
@@ -33,6 +33,7 @@ from pipeline.diagnose import Diagnosis, diagnose, diagnose_message
 from pipeline.flavors import FLAVORS
 from pipeline.live import Live, read_live
 from pipeline.plan import Plan, Stage, StageName
+from pipeline.remedy import remedy
 from pipeline.remote import NOBODY, JobState, SeenJob, StageView, Winner
 from pipeline.settings import Stop
 
@@ -156,10 +157,12 @@ def _about_stage(plan: Plan, stage: Stage, seen: Seen, now: float, limits: Limit
             # Only the server's own words undo a cancel: a job that a person stopped must not be bought again.
             said = diagnose_message(job.message)
             if said is None or not said.transient:
-                return _cancelled(plan, stage, said.cause if said else "it was cancelled", said.hint if said else "")
+                return _cancelled(plan, stage, said.cause if said else "it was cancelled", said)
             return _about_failure(plan, stage, said, attempt, attempt - closed, limits)
         case _:
-            found = diagnose(seen.logs.get(job.id, ""), job.message)
+            log = seen.logs.get(job.id, "")
+            found = diagnose(log, job.message)
+            found = replace(found, hint=remedy(found, plan, stage, log))
             return _about_failure(plan, stage, found, attempt, attempt - closed, limits)
 
 
@@ -173,18 +176,9 @@ def _within_budget(plan: Plan, submit: Submit, pending: list[Stage], seen: Seen)
     return GiveUp(submit.stage.name, why, hint)
 
 
-def _cancelled(plan: Plan, stage: Stage, why: str, hint: str = "") -> GiveUp:
-    again = f"`mergetune retry {plan.experiment.name}` starts it again"
-    return GiveUp(stage.name, why, _filled(hint, plan, stage) or again, cancelled=True)
-
-
-def _filled(hint: str, plan: Plan, stage: Stage) -> str:
-    """A hint of `diagnose` with the caller's own values in it. It may hold any text: nothing else is replaced."""
-    name, namespace = plan.experiment.name, plan.experiment.output.repo.split("/")[0]
-    values = {"stage": stage.name, "name": name, "namespace": namespace, "path": f"experiments/{name}.yaml"}
-    for key, value in values.items():
-        hint = hint.replace(f"{{{key}}}", value)
-    return hint
+def _cancelled(plan: Plan, stage: Stage, why: str, said: Diagnosis | None = None) -> GiveUp:
+    hint = remedy(said, plan, stage) if said else ""
+    return GiveUp(stage.name, why, hint or f"`mergetune retry {plan.experiment.name}` starts it again", cancelled=True)
 
 
 def _about_live(plan: Plan, job: SeenJob, live: Live | None, now: float, limits: Limits) -> Action:
@@ -235,7 +229,7 @@ def _about_success(stage: Stage, job: SeenJob, now: float, limits: Limits) -> Ac
 def _about_failure(plan: Plan, stage: Stage, found: Diagnosis, attempt: int, tried: int, limits: Limits) -> Action:
     why = f"{found.cause}: {found.evidence}" if found.evidence else found.cause
     if not found.transient:
-        return GiveUp(stage.name, why, _filled(found.hint, plan, stage))
+        return GiveUp(stage.name, why, found.hint)
     if tried >= limits.attempts:
         return GiveUp(stage.name, f"{why} ({tried} attempts)", f"`mergetune retry {plan.experiment.name}` tries again")
     return Submit(stage, attempt + 1, why)

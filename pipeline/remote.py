@@ -172,8 +172,8 @@ class Remote(Protocol):
         """One job by its id, None when the server knows no such job."""
         ...
 
-    def log(self, namespace: str, job_id: str) -> str:
-        """The last part of a job's log."""
+    def log(self, namespace: str, job_id: str, *, whole: bool = False) -> str:
+        """The last part of a job's log, or all of it."""
         ...
 
     def logs(self, namespace: str, job_ids: Collection[str]) -> Mapping[str, str]:
