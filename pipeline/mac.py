@@ -33,7 +33,8 @@ MEMORY_BAND = 0.25
 GROUP_BITS = 32 / 64  # a scale and a bias of 16 bits for each 64 weights
 ADAPTER_BYTES = 8  # fp32 weights and gradients
 MOMENT_BYTES = 8
-LOGIT_BYTES = 8  # of one logit: in 16 bits, its fp32 gradient, and what the softmax holds meanwhile
+LOGIT_BYTES = 4  # of one logit and its gradient, both in 16 bits
+PIECE, PIECE_BYTES = 512, 8  # positions whose logits and gradients are in fp32 at a time, in scripts/train_mlx.py
 RUNTIME_GIB = 1.0  # assumed: Python, Metal and MLX's cache of freed buffers
 _BITS = re.compile(r"(?<![a-z0-9])(?:q?([2-8])[-_]?bit|mxfp([48])|nvfp([4])|q([2-8]))(?![a-z0-9])", re.IGNORECASE)
 _FLOAT = re.compile(r"(?<![a-z0-9])(?:bf16|fp16|f16|bfloat16|float16)(?![a-z0-9])", re.IGNORECASE)
@@ -101,7 +102,7 @@ def estimate_mac_memory(experiment: Experiment, shape: ModelShape, bits: int) ->
         adapter=ADAPTER_BYTES * trained / GIB,
         optimizer=MOMENT_BYTES * trained / GIB,
         activations=(kept + scores) / GIB,
-        head=LOGIT_BYTES * tokens * shape.vocab / GIB,
+        head=(LOGIT_BYTES * tokens + PIECE_BYTES * min(tokens, PIECE)) * shape.vocab / GIB,
         context=RUNTIME_GIB,
         fragmentation=0.0,
         band=MEMORY_BAND,
@@ -115,9 +116,9 @@ def smallest_mac(memory: MemoryEstimate, surely: bool = True) -> int | None:
 
 
 def recomputes(experiment: Experiment) -> bool:
-    """Whether layers are computed again in the backward pass: slower, and less memory."""
-    sft = experiment.train.sft
-    return bool(sft.get("activation_checkpointing", sft.get("gradient_checkpointing", False)))
+    """Whether layers are computed again in the backward pass, as scripts/train_mlx.py does where it can."""
+    lora = experiment.train.lora or Lora()
+    return bool(experiment.train.sft.get("gradient_checkpointing", not lora.dropout))
 
 
 def _weight_bytes(shape: ModelShape, bits: int) -> float:
