@@ -30,10 +30,12 @@ from pipeline.world import Outcome, Report, Wanted, World
 
 WATCH = "watch.yml"
 RECENT = timedelta(days=2)  # how long a final comment that could not be posted is tried again
+# Not what waits for a person's adapter: that may take days, and who hands it in starts the next tick.
 IN_FLIGHT = {Outcome.SUBMITTED, Outcome.WAITING, Outcome.BLOCKED}
 HEADLINES = {
     Outcome.SUBMITTED: "is under way",
     Outcome.WAITING: "is under way",
+    Outcome.YOURS: "waits for you",
     Outcome.BLOCKED: "is blocked",
     Outcome.FINISHED: "is done",
     Outcome.FAILED: "failed",
@@ -43,6 +45,7 @@ HEADLINES = {
 STATES = {
     Outcome.SUBMITTED: StatusState.PENDING,
     Outcome.WAITING: StatusState.PENDING,
+    Outcome.YOURS: StatusState.PENDING,
     Outcome.BLOCKED: StatusState.PENDING,
     Outcome.FINISHED: StatusState.SUCCESS,
     Outcome.FAILED: StatusState.FAILURE,
@@ -162,7 +165,7 @@ def _view(report: Report, plan: Plan | None, job: SeenJob | None) -> RunView:
         text=report.text,
         hint=report.hint,
         job_url=job.url if job else "",
-        live=report.outcome in IN_FLIGHT,
+        live=report.outcome in IN_FLIGHT or report.outcome is Outcome.YOURS,
     )
 
 
@@ -175,7 +178,7 @@ def _mark(name: StageName, stages: Sequence[StageName], current: StageName | Non
         return "done"
     if outcome in (Outcome.FAILED, Outcome.CANCELLED):
         return "failed"
-    return "next" if outcome is Outcome.BLOCKED else "now"
+    return "next" if outcome in (Outcome.BLOCKED, Outcome.YOURS) else "now"
 
 
 def _tell_end(desk: Desk, closed: Closed, run: Wanted | None, hint: str) -> None:

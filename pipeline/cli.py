@@ -32,6 +32,7 @@ class Backend(StrEnum):
     """Where `run` runs."""
 
     LOCAL = "local"
+    MLX = "mlx"
     HF_JOBS = "hf_jobs"
 
 
@@ -84,7 +85,9 @@ def _read_issue(path: Path) -> str:
 @app.command()
 def run(
     path: Annotated[Path, typer.Argument(help="An experiment file.", show_default=False, readable=False)],
-    backend: Annotated[Backend, typer.Option(help="This machine, or paid jobs (needs HF_TOKEN).")] = Backend.LOCAL,
+    backend: Annotated[
+        Backend, typer.Option(help="This machine; this machine, training with MLX; or paid jobs (needs HF_TOKEN).")
+    ] = Backend.LOCAL,
     runs_dir: Annotated[
         Path | None, typer.Option(help="Where runs are kept; default: runs/ of this repository.")
     ] = None,
@@ -98,13 +101,14 @@ def run(
     \b
     mergetune run experiments/examples/quickstart.yaml
     mergetune run experiments/coach.yaml --runs-dir /data/runs
+    mergetune run experiments/coach.yaml --backend mlx
     mergetune run experiments/coach.yaml --backend hf_jobs
     """
     from pipeline.local_run import open_run, run_locally
     from pipeline.progress import make_display
     from pipeline.report import render_report
 
-    root, facts, made = planned(path)
+    root, facts, made = planned(path, with_mlx=backend is Backend.MLX, paid=backend is Backend.HF_JOBS)
     if backend is Backend.HF_JOBS:
         run_paid(root, path, made, as_json=format is RunFormat.JSON)
         return

@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 Branch = Annotated[str, typer.Option(help="The branch whose experiments count.")]
 Shape = Annotated[RunFormat, typer.Option("--format", help="How to print the result.")]
 Name = Annotated[str, typer.Argument(help="Name of an experiment, or a run id.", show_default=False)]
-MARKS = {"submitted": "▶", "waiting": "◐", "blocked": "!", "finished": "●", "failed": "✗"}
+MARKS = {"submitted": "▶", "waiting": "◐", "blocked": "!", "yours": "⌂", "finished": "●", "failed": "✗"}
 
 
 def reconcile(

@@ -18,8 +18,8 @@ from pipeline.closing import close_run, end_run, finish_tag, look_closely, shut_
 from pipeline.errors import UserError
 from pipeline.hub_facts import Access, HubError
 from pipeline.launch import Elsewhere, Submitted, Unanswered, submit_stage
-from pipeline.plan import Plan, StageName
-from pipeline.reconcile import Finish, GiveUp, Seen, Submit, Wait, decide
+from pipeline.plan import Plan
+from pipeline.reconcile import Ask, Finish, GiveUp, Seen, Submit, Wait, decide
 from pipeline.remote import SeenJob
 from pipeline.world import Outcome, Report, Wanted, World
 
@@ -175,6 +175,8 @@ def _carry_out(world: World, book: Book, look: _Look, allowance: _Allowance, dry
             if job is None:
                 return _report(look, Outcome.WAITING, why)
             return _report(look, Outcome.WAITING, why, stage=job.stage, job=job.id)
+        case Ask(stage, why, hint):
+            return _report(look, Outcome.YOURS, f"{stage} {why}", hint, stage=stage)
         case Submit():
             return _submit(world, look, action, allowance, dry_run)
         case GiveUp(stage, why, hint, cancelled):
@@ -198,7 +200,7 @@ def _submit(world: World, look: _Look, action: Submit, allowance: _Allowance, dr
     if refusal := allowance.refusal(look):
         return _report(look, Outcome.BLOCKED, refusal[0], refusal[1], stage=stage)
     what = f"{stage}, attempt {action.attempt} on {action.stage.flavor.name}: {action.why}"
-    if action.stage.name is StageName.TRAIN and (errors := world.preflight(look.plan)):
+    if action.stage.name is look.plan.first_job and (errors := world.preflight(look.plan)):
         return _report(look, Outcome.BLOCKED, errors[0].message, errors[0].hint, stage=stage)
     allowance.take(look)
     if dry_run:

@@ -89,6 +89,8 @@ def submit_stage(remote: Remote, clock: Clock, order: Order, limits: Limits) -> 
     Raises:
         HubError: refused (no credit, no right …) or not reachable before anything was started.
     """
+    if order.stage.flavor.local:
+        raise ValueError(f"{order.stage.name} of {order.plan.run_id} is trained on a Mac: it is never a job")
     view = _open_repo(remote, order)  # 1. look
     for posts in range(_posts(view, order) + 1, limits.posts + 1):
         if taken := _taken(view, order, clock.now(), limits):

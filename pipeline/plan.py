@@ -98,6 +98,11 @@ class Plan:
         return tuple(dict.fromkeys(self.repo(stage.name) for stage in self.stages))
 
     @property
+    def first_job(self) -> StageName | None:
+        """The first stage that costs money: before it, the plan must have been reviewed."""
+        return next((stage.name for stage in self.stages if not stage.flavor.local), None)
+
+    @property
     def worst_usd(self) -> float:
         """Every stage running into its timeout."""
         return sum(stage.cost.worst_usd for stage in self.stages)

@@ -60,6 +60,7 @@ LAYERS = {
     "twin": 2,
     "rehearsal_rows": 2,
     "rehearse": 3,
+    "rehearse_mlx": 2,
     "fit_request": 3,
     "charts": 1,
     "memory": 1,
