@@ -13,7 +13,7 @@ import typer
 
 from pipeline.cli_checks import RunFormat, check, fit, plan, planned, print_json, print_markdown, rehearse
 from pipeline.cli_github import command, dispatched, doctor, preflight
-from pipeline.cli_runs import cancel, logs, reconcile, retry, run_paid, status
+from pipeline.cli_runs import cancel, logs, reconcile, retry, run_paid, status, submit_adapter
 from pipeline.errors import UserError
 
 app = typer.Typer(
@@ -127,7 +127,7 @@ def run(
 
 app.command()(rehearse)
 app.command()(fit)
-for verb in (reconcile, status, logs, cancel, retry, preflight, command, dispatched, doctor):
+for verb in (reconcile, status, logs, cancel, retry, submit_adapter, preflight, command, dispatched, doctor):
     app.command()(verb)
 
 
