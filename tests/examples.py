@@ -32,3 +32,11 @@ def changed(pattern: str, replacement: str, text: str = GOOD) -> str:
     if not count:
         raise ValueError(f"{pattern!r} is not in the text")
     return new
+
+
+# The same, trained with MLX: on a quantised base, and on the base itself.
+MAC = changed(
+    "  flavor: a10g-large\n  timeout: 4h\n",
+    "  backend: mlx\n  flavor: m3-max\n  mlx: {base: mlx-community/gemma-3-12b-it-4bit, num_layers: 16}\n",
+)
+MAC_LORA = changed("method: qlora", "method: lora", changed(r"  mlx: .*\n", "", MAC))

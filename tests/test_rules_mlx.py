@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from examples import GOOD, changed
+from examples import GOOD, MAC, MAC_LORA, changed
 from rule_cases import GEMMA, ROOT, expect, place, run
 
 from pipeline.errors import Severity
@@ -19,11 +19,6 @@ from pipeline.plan import MLX_SCRIPT
 from pipeline.rules import mlx as rules
 from pipeline.rules.training import sft_fields_current
 
-MAC = changed(
-    "  flavor: a10g-large\n  timeout: 4h\n",
-    "  backend: mlx\n  flavor: m3-max\n  mlx: {base: mlx-community/gemma-3-12b-it-4bit, num_layers: 16}\n",
-)
-LORA = changed("method: qlora", "method: lora", changed(r"  mlx: .*\n", "", MAC))
 RULES = [
     rules.mlx_is_here,
     rules.flavor_is_a_chip,
@@ -47,7 +42,7 @@ def with_line(line: str, text: str = MAC) -> str:
 def test_ok(rule) -> None:
     assert run(rule) is None
     assert run(rule, MAC, mlx_here=HERE) is None
-    assert run(rule, LORA, mlx_here=HERE) is None
+    assert run(rule, MAC_LORA, mlx_here=HERE) is None
     assert run(rule, MAC, config=None, shape=None) is None
 
 
@@ -115,7 +110,7 @@ def test_bad_lora(line, message, hint) -> None:
 
 
 def test_full_training_is_not_offered() -> None:
-    text = changed(r"  lora: .*\n", "", changed("method: lora", "method: full", changed(r"merge: .*\n", "", LORA)))
+    text = changed(r"  lora: .*\n", "", changed("method: lora", "method: full", changed(r"merge: .*\n", "", MAC_LORA)))
     expect(run(rules.mlx_has_a_word, text), "`method: full` cannot", "write `method: lora`", place(text, "full"))
 
 
@@ -190,7 +185,7 @@ def test_bad_memory() -> None:
     assert "`max_length: 32768`" in finding.hint
     assert "`num_layers: 8`" in finding.hint
     larger = replace(CATALOGUE["google/gemma-3-27b-it"], layers=300)
-    assert "a base of 4 bits" in run(rules.training_fits_a_mac, LORA, shape=larger).hint
+    assert "a base of 4 bits" in run(rules.training_fits_a_mac, MAC_LORA, shape=larger).hint
 
 
 def test_the_name_that_mlx_knows_is_not_called_old() -> None:
