@@ -142,6 +142,23 @@ def test_a_merged_experiment_is_followed_to_its_end(life: Life, method: str) -> 
     assert len(life.comments(number, "result")) == 1
 
 
+def test_what_waits_for_an_adapter_is_said_and_not_watched(life: Life) -> None:
+    """The schedule stops: an adapter may take days, and who hands it in starts the next tick."""
+    text = experiment(**{"flavor: cpu-upgrade, timeout: 10m": "backend: mlx"})
+    number = life.propose(small=text)
+    sha = life.merge(number)
+    (report,) = life.tick()
+    assert report.outcome is Outcome.YOURS, report
+    (followed,) = life.comments(number, "run")
+    assert "### `small` waits for you" in followed
+    assert "○ train → ○ merge → ○ gguf → ○ evaluate" in followed
+    assert "mergetune submit-adapter small runs/" in followed
+    assert "`/cancel small` stops it" in followed
+    assert life.github.statuses(sha)["train/small"].state == "pending"
+    assert life.sim.job_list == []
+    assert not life.watched()
+
+
 def test_a_final_comment_that_was_not_taken_is_made_later(life: Life) -> None:
     number = life.propose(small=experiment())
     life.merge(number)
