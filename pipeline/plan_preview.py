@@ -202,7 +202,7 @@ def _stage_as_dict(stage: Stage) -> dict[str, Any]:
         "name": stage.name,
         "script": stage.script,
         "flavor": stage.flavor.name,
-        "timeout_s": stage.timeout_s,
+        "timeout_s": None if stage.flavor.local else stage.timeout_s,
         "expected_s": stage.cost.expected_s,
         "expected_usd": stage.cost.expected_usd,
         "worst_usd": stage.cost.worst_usd,

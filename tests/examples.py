@@ -35,8 +35,6 @@ def changed(pattern: str, replacement: str, text: str = GOOD) -> str:
 
 
 # The same, trained with MLX: on a quantised base, and on the base itself.
-MAC = changed(
-    "  flavor: a10g-large\n  timeout: 4h\n",
-    "  backend: mlx\n  flavor: m3-max\n  mlx: {base: mlx-community/gemma-3-12b-it-4bit, num_layers: 16}\n",
-)
+_MLX = "{base: mlx-community/gemma-3-12b-it-4bit, revision: 1a2b3c4, num_layers: 16}"
+MAC = changed("  flavor: a10g-large\n  timeout: 4h\n", f"  backend: mlx\n  flavor: m3-max\n  mlx: {_MLX}\n")
 MAC_LORA = changed("method: qlora", "method: lora", changed(r"  mlx: .*\n", "", MAC))

@@ -40,7 +40,7 @@ def test_the_backend_makes_another_run() -> None:
         ("it-4bit", "it-8bit"),
         ("num_layers: 16", "num_layers: 8"),
         (", num_layers: 16", ""),
-        ("num_layers: 16", "num_layers: 16, revision: abc"),
+        ("revision: 1a2b3c4", "revision: abc"),
     ],
 )
 def test_what_mlx_is_told_decides_the_result(pattern: str, replacement: str) -> None:
@@ -80,7 +80,7 @@ def test_the_request_names_both_bases() -> None:
 
     inputs = make_inputs(plan, plan.stages[0].name, source, lambda stage: {})
     assert inputs["base"] == {"repo": "google/gemma-3-12b-it", "revision": "96b6f1e"}
-    assert inputs["mlx_base"] == {"repo": "mlx-community/gemma-3-12b-it-4bit", "revision": None}
+    assert inputs["mlx_base"] == {"repo": "mlx-community/gemma-3-12b-it-4bit", "revision": "1a2b3c4"}
     request = make_run_json(plan, plan.stages[0], 1, inputs, {"path": "x"})
     assert request["experiment"]["train"]["mlx"]["num_layers"] == 16
     assert "mlx_base" not in make_inputs(plan, plan.stages[1].name, source, lambda stage: {})

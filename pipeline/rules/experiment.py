@@ -37,6 +37,10 @@ def revision_pinned(subject: Subject) -> Verdict | None:
     if not is_path(experiment.data.dataset) and experiment.data.revision is None:
         hint = f"add `revision: <commit>` under `data` (the commit `{experiment.data.dataset}` is at today)"
         return Verdict("data.dataset", f"`{experiment.data.dataset}` is not pinned", hint, Severity.WARNING)
+    mlx = experiment.train.mlx
+    if mlx and mlx.base and not is_path(mlx.base) and mlx.revision is None:
+        hint = f"add `revision: <commit>` under `train.mlx` (the commit `{mlx.base}` is at today)"
+        return Verdict("train.mlx.base", f"`{mlx.base}` is not pinned", hint, Severity.WARNING)
     return None
 
 

@@ -125,7 +125,8 @@ def _section(prefix: str, model: type[BaseModel]) -> list[str]:
     for name, field in model.model_fields.items():
         inner = field_section(field.annotation)
         dotted = f"{prefix}{name}"
-        default = "required" if field.is_required() else f"`{_shown(field.default)}`"
+        asked = "required of a job" if field.validate_default else f"`{_shown(field.default)}`"
+        default = "required" if field.is_required() else asked
         rows.append(f"| `{dotted}` | {_type_words(model, name)} | {default} | {field.description} |")
         if inner is not None:
             nested += [f"## `{dotted}`", (inner.__doc__ or "").strip(), *_section(f"{dotted}.", inner)]
