@@ -9,7 +9,7 @@ PART is what four trainings with mlx-lm say of themselves, each by the arithmeti
 | Gemma 3 12B in 8 bits, 1,000 rows, 16 layers, M3 Max: the SOP  | 4 to 6 h      | 0.35             |
 | Mistral 7B, 4 layers, M1 Max: mlx-lm's LORA.md                 | 250 tokens/s  | 0.4              |
 | Qwen3 0.6B, 1,024 tokens, 16 layers, M4 Pro: mlx-tune's page   | 2.2 batches/s | 0.6              |
-| the same with 4,096 tokens and all layers                      | 0.28 batches/s| 0.46             |
+| the same with 4,096 tokens and all layers                      | 0.3 batches/s | 0.46             |
 
 The SOP names no length of its rows: 900 tokens, three times over, are what its 2 to 3 hours on an A10G mean by
 `cost.py` (docs/worked-example.md). That, short rows that leave the GPU waiting, and laptops that slow down when they
