@@ -22,10 +22,12 @@ from pipeline.world import Outcome, Report, Wanted, World
 
 WATCH = "watch.yml"
 RECENT = timedelta(days=2)  # how long a final comment that could not be posted is tried again
+# Not what waits for a person's adapter: that may take days, and who hands it in starts the next tick.
 IN_FLIGHT = {Outcome.SUBMITTED, Outcome.WAITING, Outcome.BLOCKED}
 HEADLINES = {
     Outcome.SUBMITTED: "is under way",
     Outcome.WAITING: "is under way",
+    Outcome.YOURS: "waits for you",
     Outcome.BLOCKED: "is blocked",
     Outcome.FINISHED: "is done",
     Outcome.FAILED: "failed",
@@ -35,6 +37,7 @@ HEADLINES = {
 STATES = {
     Outcome.SUBMITTED: StatusState.PENDING,
     Outcome.WAITING: StatusState.PENDING,
+    Outcome.YOURS: StatusState.PENDING,
     Outcome.BLOCKED: StatusState.PENDING,
     Outcome.FINISHED: StatusState.SUCCESS,
     Outcome.FAILED: StatusState.FAILURE,
@@ -154,7 +157,7 @@ def _view(report: Report, plan: Plan | None, job: SeenJob | None) -> RunView:
         text=report.text,
         hint=report.hint,
         job_url=job.url if job else "",
-        live=report.outcome in IN_FLIGHT,
+        live=report.outcome in IN_FLIGHT or report.outcome is Outcome.YOURS,
         job=report.live,
         usd=report.usd,
         most_usd=next((s.cost.worst_usd for s in plan.stages if s.name is stage), None) if plan else None,
@@ -171,7 +174,7 @@ def _mark(name: StageName, stages: Sequence[StageName], current: StageName | Non
         return "done"
     if outcome in (Outcome.FAILED, Outcome.CANCELLED):
         return "failed"
-    return "next" if outcome is Outcome.BLOCKED else "now"
+    return "next" if outcome in (Outcome.BLOCKED, Outcome.YOURS) else "now"
 
 
 def _tell_end(desk: Desk, closed: Closed, run: Wanted | None, hint: str) -> None:

@@ -136,12 +136,15 @@ def rehearse(
 
     Exit code: 0 passed, 1 a stage failed, 2 the file is invalid.
     """
+    from dataclasses import replace
+
+    from pipeline.backends.local import find_mlx
     from pipeline.progress import make_display
     from pipeline.rehearse import rehearse as carry_through
 
     root, file, facts = checked(path)
     try:
-        result = carry_through(file, facts, root, make_display(sys.stderr))
+        result = carry_through(file, replace(facts, mlx_here=find_mlx()), root, make_display(sys.stderr))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -176,25 +179,33 @@ def fit(
         print_markdown(render_fit(fits, title))
 
 
-def planned(path: Path) -> tuple[Path, Any, Any]:
-    """The repository root, the facts and the plan of one experiment; rule errors stop here."""
+def planned(path: Path, *, with_mlx: bool, paid: bool) -> tuple[Path, Any, Any]:
+    """The repository root, the facts and the plan of one experiment; rule errors stop here.
+
+    `with_mlx`: trained with MLX, whatever the file says; `paid`: no stage runs on this machine.
+    """
     from pipeline.plan import make_plan
 
-    root, file, facts = checked(path)
+    root, file, facts = checked(path, with_mlx=with_mlx, trains_here=not paid)
     return root, facts, make_plan(file.experiment, facts)
 
 
-def checked(path: Path) -> tuple[Path, Any, Any]:
+def checked(path: Path, *, with_mlx: bool = False, trains_here: bool = False) -> tuple[Path, Any, Any]:
     """The repository root, one loaded experiment and its facts; rule errors stop here, warnings are printed."""
+    from dataclasses import replace
+
+    from pipeline.backends.local import find_mlx
     from pipeline.check import gather_facts, run_rules
     from pipeline.errors import InvalidExperiment, Severity
     from pipeline.loader import load_experiment
+    from pipeline.plan import as_mlx
     from pipeline.settings import find_root, load_settings
     from pipeline.workspace import folder_of, shown_path
 
     root = find_root(folder_of(path))
     file = load_experiment(path, shown_path(path, root))
-    facts = gather_facts(file.experiment, root)
+    file = replace(file, experiment=as_mlx(file.experiment)) if with_mlx else file
+    facts = replace(gather_facts(file.experiment, root), mlx_here=find_mlx() if trains_here else None)
     findings = run_rules(file, facts, load_settings(root))
     errors = tuple(finding for finding in findings if finding.severity is Severity.ERROR)
     if errors:

@@ -60,12 +60,18 @@ def estimate_train_seconds(
 ) -> float:
     """Seconds of training on one GPU (the script uses one of a flavor), corrected by runs of the same kind."""
     train = experiment.train
-    per_pass, length = _micro_batches(experiment, data)
-    batches = per_pass * train.epochs if train.max_steps is None else train.max_steps * train.gradient_accumulation
-    batches += _evaluating(experiment, data, per_pass, batches)
+    batches, length = count_batches(experiment, data)
     seconds = batches * _micro_batch_seconds(train.method, shape, train.batch_size, length, flavor)
     ratio = correction(finished, "train", train.method, flavor.gpu)
     return seconds * (ratio or 1.0)
+
+
+def count_batches(experiment: Experiment, data: DatasetFacts) -> tuple[float, float]:
+    """Micro-batches of the whole training, evaluating included, and the tokens each row of them is long."""
+    train = experiment.train
+    per_pass, length = _micro_batches(experiment, data)
+    batches = per_pass * train.epochs if train.max_steps is None else train.max_steps * train.gradient_accumulation
+    return batches + _evaluating(experiment, data, per_pass, batches), length
 
 
 def estimate_cost(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from pipeline.hypothesis import read_claims
+from pipeline.mac_words import mac_section
 from pipeline.markdown import code, details, money, plural, quote
 from pipeline.plan import Plan
 from pipeline.plan_changes import plan_hash
@@ -68,6 +69,10 @@ def _decision(preview: Preview) -> tuple[bool | None, str]:
             return False, f"{name} cannot run: {plural(len(preview.errors), 'error')}"
         case Verdict.MAY_NOT_FIT:
             return None, f"{name} may not fit {flavor}"
+        case Verdict.LOCAL:
+            words = f"{name} trains on a Mac with MLX"
+            known = span_of(preview.plan.stages) is not None
+            return True if known else None, words if known else f"{words}; how long depends on its chip"
         case Verdict.UNKNOWN:
             return None, f"{name}: whether it fits {flavor} cannot be known"
         case Verdict.FITS | Verdict.NO_GPU as known:
@@ -99,6 +104,8 @@ def _time_words(expected: float, low: float, high: float) -> str:
 
 
 def _time_unknown(plan: Plan) -> str:
+    if plan.stages[0].flavor.local:
+        return "**Time** depends on the chip"
     return f"**Time** cannot be known, at most {duration(sum(stage.timeout_s for stage in plan.stages))}"
 
 
@@ -123,6 +130,7 @@ def _what(plan: Plan) -> str:
 def _sections(preview: Preview) -> list[Section]:
     return [
         Section("stages", stages_section(preview)),
+        Section("training with MLX", mac_section(preview.plan, preview.facts, preview.path) if preview.plan else ""),
         Section("data", data_section(preview)),
         Section("findings", findings_section(preview)),
         Section("changes", changes_section(preview)),

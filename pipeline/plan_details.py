@@ -75,8 +75,10 @@ def estimate_basis(preview: Preview) -> str:
         known = f"from the shape of {base}, ±{train.memory.band:.0%}" if train.memory else f"no config.json of {base}"
         lines.append(f"- **Memory**: {known}; not measured.")
     lines.append(f"- **Tokens**: {_token_basis(preview)}.")
+    # On a Mac the training's own section says how wide its band is, and why.
+    band = (plan.stages[-1] if train.flavor.local else train).cost.band
     lines.append(
-        f"- **Time**: arithmetic of the model over the speed of the flavor, ±{train.cost.band:.0%}, with "
+        f"- **Time**: arithmetic of the model over the speed of the flavor, ±{band:.0%}, with "
         f"{duration(CONTAINER_START_S)} for each stage to start."
     )
     lines.append(f"- **Cost**: prices of {AS_OF}, whole minutes; at most means that every stage runs into its timeout.")

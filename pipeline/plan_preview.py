@@ -10,6 +10,7 @@ from pipeline.errors import Finding, InvalidExperiment, Severity
 from pipeline.experiment import Experiment
 from pipeline.facts import Facts
 from pipeline.flavors import AS_OF
+from pipeline.mac_words import mac_lines
 from pipeline.markdown import code, defang, money, percent, plural, quote, table
 from pipeline.plan import Plan, Stage
 from pipeline.plan_changes import Changes, plan_hash
@@ -24,6 +25,7 @@ class Verdict(StrEnum):
     MAY_NOT_FIT = "may not fit"
     UNKNOWN = "cannot be known"
     NO_GPU = "needs no GPU"
+    LOCAL = "trains on a Mac"
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class Span:
 
 def verdict_of(train: Stage) -> Verdict:
     """Whether training fits the GPU of its flavor."""
+    if train.flavor.local:
+        return Verdict.LOCAL
     if train.flavor.gpu is None:
         return Verdict.NO_GPU
     if train.memory is None:
@@ -116,6 +120,7 @@ def render_plan(preview: Preview) -> str:
         stage_table(plan.stages),
         _data_line(preview.facts.dataset),
         _memory_line(train),
+        "\n".join(f"- {words}" for words in mac_lines(plan, preview.facts)),
         _changes_line(preview.changes),
     ]
     memory_band = f"memory ±{train.memory.band:.0%}, " if train.memory else ""
@@ -128,6 +133,11 @@ def stage_table(stages: Sequence[Stage]) -> str:
     """One row a stage: where, how long, what it costs."""
     head = ("stage", "flavor", "expected", "timeout", "expected cost", "at most")
     return table(head, [_stage_row(stage) for stage in stages], "llrrrr")
+
+
+def timeout_words(stage: Stage) -> str:
+    """When it is stopped."""
+    return "none" if stage.flavor.local else duration(stage.timeout_s)
 
 
 def expected_time(stage: Stage) -> str:
@@ -192,7 +202,7 @@ def _stage_as_dict(stage: Stage) -> dict[str, Any]:
         "name": stage.name,
         "script": stage.script,
         "flavor": stage.flavor.name,
-        "timeout_s": stage.timeout_s,
+        "timeout_s": None if stage.flavor.local else stage.timeout_s,
         "expected_s": stage.cost.expected_s,
         "expected_usd": stage.cost.expected_usd,
         "worst_usd": stage.cost.worst_usd,
@@ -203,11 +213,13 @@ def _stage_as_dict(stage: Stage) -> dict[str, Any]:
 
 def _stage_row(stage: Stage) -> tuple[str, ...]:
     costs = expected_cost(stage), money(stage.cost.worst_usd)
-    return (str(stage.name), f"`{stage.flavor.name}`", expected_time(stage), duration(stage.timeout_s), *costs)
+    return (str(stage.name), f"`{stage.flavor.name}`", expected_time(stage), timeout_words(stage), *costs)
 
 
 def _fit_words(train: Stage) -> str:
     flavor, memory = train.flavor, train.memory
+    if flavor.local:
+        return "Trains on a Mac with MLX."
     if flavor.gpu is None:
         return f"Trains on `{flavor.name}`, without a GPU."
     if memory is None:

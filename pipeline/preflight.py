@@ -192,7 +192,7 @@ def say_plans(github: GitHub, number: int, reviewed: Reviewed) -> None:
 def checklist(previews: Sequence[Preview]) -> list[bool]:
     """The boxes of the pull request template, in its order."""
     plans = [preview.plan for preview in previews]
-    fits = [verdict_of(plan.stages[0]) in (Verdict.FITS, Verdict.NO_GPU) for plan in plans if plan]
+    fits = [verdict_of(plan.stages[0]) in (Verdict.FITS, Verdict.NO_GPU, Verdict.LOCAL) for plan in plans if plan]
     known = bool(previews) and all(plans)
     unpinned = [f for preview in previews for f in preview.findings if f.rule == PINNED]
     return [

@@ -5,6 +5,7 @@ The states, from the last artifact that exists with this run's id:
 | seen of the next stage                                        | action                                          |
 |---------------------------------------------------------------|-------------------------------------------------|
 | every end product is there                                    | Finish                                          |
+| it is trained on somebody's Mac, and no adapter is there      | Ask: no job is ever submitted for it            |
 | a job of the run is queued or running                         | Wait                                            |
 | the same, and its log proves that it only wastes money        | GiveUp, if `early_stop` names that proof        |
 | no trace in this round                                        | Submit the next attempt                         |
@@ -96,6 +97,15 @@ class Wait:
 
 
 @dataclass(frozen=True)
+class Ask:
+    """A person has to do the next stage: nothing happens by itself until then."""
+
+    stage: StageName
+    why: str
+    hint: str
+
+
+@dataclass(frozen=True)
 class GiveUp:
     """The run cannot go on by itself."""
 
@@ -110,7 +120,7 @@ class Finish:
     """Every artifact is there."""
 
 
-Action = Submit | Wait | GiveUp | Finish
+Action = Submit | Wait | Ask | GiveUp | Finish
 
 
 def decide(
@@ -122,6 +132,8 @@ def decide(
         return Finish()
     if live := [job for job in seen.jobs if job.is_live]:
         return _about_live(plan, live[0], seen.live(live[0]), now, limits)
+    if pending[0].flavor.local:
+        return _about_adapter(plan, pending[0], seen)
     action = _about_stage(plan, pending[0], seen, now, limits, (closed_attempts or {}).get(pending[0].name, 0))
     return _within_budget(plan, action, pending, seen) if isinstance(action, Submit) else action
 
@@ -137,6 +149,16 @@ def so_far_usd(job: SeenJob, live: Live | None, now: float) -> float | None:
         return None
     logged_s = now - live.since if live and live.since else 0.0
     return billed_usd(max(job.running_s, logged_s, 0.0), FLAVORS[job.flavor])
+
+
+def _about_adapter(plan: Plan, stage: Stage, seen: Seen) -> Action:
+    """What is trained with MLX comes by `submit-adapter`, however often somebody tries again here."""
+    name, view = plan.experiment.name, seen.views.get(stage.name, StageView())
+    hint = f"train with `mergetune run experiments/{name}.yaml --backend mlx`, then `mergetune submit-adapter {name} "
+    hint += f"runs/{plan.run_id}/{stage.name}/artifact`"
+    if view.winner and view.winner.job_id != NOBODY:
+        return Ask(stage.name, "an adapter is being handed in, or its upload broke off", f"{hint} goes on with it")
+    return Ask(stage.name, "waits for an adapter that is trained with MLX", hint)
 
 
 def _about_stage(plan: Plan, stage: Stage, seen: Seen, now: float, limits: Limits, closed: int) -> Action:

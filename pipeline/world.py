@@ -21,6 +21,7 @@ class Outcome(StrEnum):
 
     SUBMITTED = "submitted"
     WAITING = "waiting"
+    YOURS = "yours"  # a person has to do the next step
     BLOCKED = "blocked"
     FINISHED = "finished"
     FAILED = "failed"

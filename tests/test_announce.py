@@ -16,7 +16,7 @@ from pipeline.announce import Desk, announce, open_desk, tick_and_tell
 from pipeline.book import Tag, since_message
 from pipeline.chatops import Place, carry_out_dispatched, read_command, run_command
 from pipeline.controller import tick
-from pipeline.plan import Plan
+from pipeline.plan import Plan, StageName
 from pipeline.preflight import run_preflight
 from pipeline.reconcile import Seen, Submit
 from pipeline.repository import Repository
@@ -143,6 +143,38 @@ def test_a_merged_experiment_is_followed_to_its_end(life: Life, method: str) -> 
     assert not life.watched(), "nothing is in flight"
     life.tick()
     assert len(life.comments(number, "result")) == 1
+
+
+def test_what_waits_for_an_adapter_is_said_and_not_watched(life: Life) -> None:
+    """The schedule stops: an adapter may take days, and who hands it in starts the next tick."""
+    text = experiment(**{"flavor: cpu-upgrade, timeout: 10m": "backend: mlx"})
+    number = life.propose(small=text)
+    sha = life.merge(number)
+    (report,) = life.tick()
+    assert report.outcome is Outcome.YOURS, report
+    (followed,) = life.comments(number, "run")
+    assert "### `small` waits for you" in followed
+    assert "○ train → ○ merge → ○ gguf → ○ evaluate" in followed
+    assert "mergetune submit-adapter small runs/" in followed
+    assert "`/cancel small` stops it" in followed
+    assert life.github.statuses(sha)["train/small"].state == "pending"
+    assert life.sim.job_list == []
+    assert not life.watched()
+
+
+def test_a_retry_asked_for_in_a_comment_starts_no_training_either(life: Life) -> None:
+    number = life.propose(small=experiment(**{"flavor: cpu-upgrade, timeout: 10m": "backend: mlx"}))
+    life.merge(number)
+    life.tick()
+    for verb in ("cancel", "retry"):
+        inputs = {"command": verb, "experiment": "small", "by": "bob"}
+        event = life.github.event("workflow_dispatch", workflow="launch.yml", inputs=inputs)
+        run = workflow_run(life.github, life.root, "workflow_dispatch", event)
+        assert carry_out_dispatched(run, client(life.github), lambda: life.desk().world) == 0
+        life.sim.advance(HALF_HOUR)
+    (report,) = life.tick()
+    assert (report.outcome, report.stage) == (Outcome.YOURS, StageName.TRAIN)
+    assert life.sim.job_list == []
 
 
 def test_a_final_comment_that_was_not_taken_is_made_later(life: Life) -> None:

@@ -49,7 +49,7 @@ def test_named_paths_and_targets_exist(page: Path) -> None:
 
 @each_page
 def test_commands_are_ones_we_have(page: Path) -> None:
-    for verb in re.findall(r"`mergetune ([a-z]+)", page.read_text(encoding="utf-8")):
+    for verb in re.findall(r"`mergetune ([a-z-]+)", page.read_text(encoding="utf-8")):
         assert run([sys.executable, "-m", "pipeline", verb, "--help"]).returncode == 0, verb
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from examples import GOOD, changed
+from examples import GOOD, MAC, changed
 from repository import ROOT, Repository, make_repository
 from rule_cases import facts
 from test_markdown import HOSTILE, tokens
@@ -106,6 +106,8 @@ CASES: dict[str, Callable[[], Preview]] = {
     "errors-and-warnings": lambda: preview(
         changed("max_usd: 10", "max_usd: 2", changed(", revision: 96b6f1e", "")), Settings(namespaces=("acne",))
     ),
+    "mlx": lambda: preview(MAC),
+    "mlx-any-chip": lambda: preview(changed("  flavor: m3-max\n", "", MAC)),
     "troubled-data": lambda: preview(dataset=TROUBLED),
     "with-previous": with_previous,
     "hostile": hostile,
@@ -153,6 +155,8 @@ def test_decision_comes_first() -> None:
         "fits": "## ✅ `coach` fits `a10g-large`",
         "does-not-fit": "## ❌ `coach` does not fit `a10g-large`",
         "errors-and-warnings": "## ❌ `coach` cannot run: 2 errors",
+        "mlx": "## ✅ `coach` trains on a Mac with MLX",
+        "mlx-any-chip": "## ⚠️ `coach` trains on a Mac with MLX; how long depends on its chip",
         "troubled-data": said["troubled-data"],
         "with-previous": "## ✅ `coach` fits `a10g-large`",
         "hostile": said["hostile"],

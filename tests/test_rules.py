@@ -36,6 +36,14 @@ BAD = [
         "write `name: coach`",
     ),
     ("EXP003", ", revision: 96b6f1e", "", FACTS, "`google/gemma-3-12b-it` is not pinned", "add `revision: <commit>`"),
+    (
+        "EXP003",
+        "  flavor: a10g-large\n  timeout: 4h\n",
+        "  backend: mlx\n  mlx: {base: mlx-community/gemma-3-12b-it-4bit}\n",
+        FACTS,
+        "`mlx-community/gemma-3-12b-it-4bit` is not pinned",
+        "under `train.mlx`",
+    ),
     ("EXP003", "  revision: 5d2\n", "", FACTS, "`acme/coach` is not pinned", "under `data`"),
     (
         "EXP009",

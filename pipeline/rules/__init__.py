@@ -41,6 +41,18 @@ from pipeline.rules.hardware import training_fits
 from pipeline.rules.host import disk_suffices, evaluation_fits, ram_suffices
 from pipeline.rules.hub import nothing_secret, repositories_named
 from pipeline.rules.loss import answers_can_be_found, history_is_read_once
+from pipeline.rules.mlx import (
+    base_can_be_merged_into,
+    bases_are_one_model,
+    flavor_is_a_chip,
+    layers_are_there,
+    mlx_has_a_word,
+    mlx_is_here,
+    mlx_knows_base,
+    quantised_as_said,
+    timeout_is_left_out,
+    training_fits_a_mac,
+)
 from pipeline.rules.online import (
     base_is_readable,
     dataset_is_readable,
@@ -167,6 +179,16 @@ ALL_RULES: tuple[Rule, ...] = (
     Rule("TRK001", tracking_stays_private),
     Rule("TRK002", tracking_in_one_place),
     Rule("TRK003", trackio_is_installed),
+    Rule("MLX001", mlx_is_here),
+    Rule("MLX002", flavor_is_a_chip),
+    Rule("MLX003", timeout_is_left_out),
+    Rule("MLX004", mlx_has_a_word),
+    Rule("MLX005", quantised_as_said),
+    Rule("MLX006", base_can_be_merged_into),
+    Rule("MLX007", bases_are_one_model),
+    Rule("MLX008", mlx_knows_base),
+    Rule("MLX009", layers_are_there),
+    Rule("MLX010", training_fits_a_mac),
     Rule("REL001", converter_knows_base),
     Rule("REL002", gguf_can_chat),
     Rule("REL003", quants_keep_quality),
