@@ -57,7 +57,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
-# `train.sft` is honoured in these …
+# `train.sft` is honoured in these, with these values (two numbers: from the first, below the second) …
 SFT = {
     "optim": ("adamw_torch_fused", "adamw_torch"),
     "lr_scheduler_type": ("linear", "cosine", "constant", "constant_with_warmup"),
@@ -1318,6 +1318,7 @@ def train(
 ) -> None:
     """Everything that needs the heavy libraries, in order. The manifest comes last."""
     (base, trained_base), (train_rows, eval_rows) = bases, rows
+    write_mlx_rows(run, {"train": train_rows, "valid": eval_rows})
     emit("phase", name="tokenize")
     tokenizer = load_tokenizer(base)
     if trained_base != base:
@@ -1421,26 +1422,15 @@ def check_sft(sft: dict) -> None:
             near = difflib.get_close_matches(key, SFT, 1)
             hint = f"did you mean `{near[0]}`?" if near else f"remove it, or train with torch; known: {', '.join(SFT)}"
             raise InputError(f"`train.sft.{key}` cannot be honoured with MLX", hint)
-        allowed = SFT[key]
-        if isinstance(allowed[0], bool):
-            is_good = isinstance(value, bool)
-        elif isinstance(allowed[0], str):
-            is_good = value in allowed
+        if type(SFT[key][0]) is int:
+            least, below = SFT[key]
+            is_good = isinstance(value, int | float) and not isinstance(value, bool) and least <= value < below
+            said = f"a number from {least}" + (f", below {below}" if math.isfinite(below) else "")
         else:
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            is_good = is_number and allowed[0] <= value < allowed[1]
+            is_good = type(value) is type(SFT[key][0]) and value in SFT[key]
+            said = " or ".join(map(json.dumps, SFT[key]))
         if not is_good:
-            said = " or ".join(json.dumps(x) for x in allowed) if not is_range(allowed) else range_text(allowed)
             raise InputError(f"`train.sft.{key}: {json.dumps(value)}` cannot be honoured with MLX", f"use {said}")
-
-
-def is_range(allowed: tuple) -> bool:
-    return not isinstance(allowed[0], bool | str)
-
-
-def range_text(allowed: tuple) -> str:
-    least, most = allowed
-    return f"a number from {least}" + ("" if math.isinf(most) else f", below {most}")
 
 
 # Before anything heavy is imported: is the base whole, do the rows suit it?
@@ -1554,6 +1544,24 @@ def trained_on(run: dict, trained_base: Path) -> dict:
 # Rows to tokens
 
 
+def write_mlx_rows(run: dict, rows_of: dict[str, list[Row]]) -> None:
+    """The rows in `mlx_lm`'s own formats, for whoever wants to go on with its tools; not a part of the artifact."""
+    folder = Path(run["work"]) / "mlx-data"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name, rows in rows_of.items():
+        if rows:
+            text = "".join(json.dumps(mlx_row(row), ensure_ascii=False) + "\n" for row in rows)
+            (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+def mlx_row(row: Row) -> dict:
+    """`messages`, `prompt` and `completion`, or `text`; `mlx_lm` knows no other rows."""
+    if row.is_chat:
+        return {"messages": row.prompt + row.completion} | ({"tools": row.tools} if row.tools else {})
+    return {"prompt": row.prompt, "completion": row.completion} if row.prompt else {"text": row.completion}
+
+
 def load_tokenizer(base: Path) -> Any:
     """The base's tokenizer. Not its processor, even for a vision-language base: the rows are text."""
     from transformers import AutoTokenizer
@@ -1663,6 +1671,8 @@ def mlx_config(config: dict) -> dict:
         changes["sliding_window_pattern"] = kinds.index("full_attention") + 1
     if text := config.get("text_config"):
         changes["text_config"] = text | mlx_config(text)
+        if "vocab_size" not in config and "vocab_size" in text:  # else it takes that of the published model
+            changes["vocab_size"] = text["vocab_size"]
     return changes
 
 
@@ -2027,7 +2037,9 @@ def write_mlx_config(run: dict, choices: Choices, training: Training, kind: dict
         "save_every": chosen["save_steps"] * chosen["gradient_accumulation"],
         "seed": chosen["seed"],
     }
-    text = "# mlx_lm.lora --config mlx_config.yaml --data FOLDER, with train.jsonl (and valid.jsonl) in FOLDER.\n"
+    text = (
+        "# mlx_lm.lora --config mlx_config.yaml --data FOLDER: the run left its rows for it in its `work/mlx-data`.\n"
+    )
     text += "# The same choices, not the same numbers: it masks all but the last turn, orders rows its own way and\n"
     text += "# weighs every micro-batch alike, however many tokens it trains.\n"
     text += "".join(f"{key}: {json.dumps(value)}\n" for key, value in settings.items())
