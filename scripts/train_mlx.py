@@ -1577,8 +1577,10 @@ def check_same_tokenizer(ours: Any, theirs: Any, folder: Path) -> None:
     for text in PROBES:
         if ours(text)["input_ids"] != theirs(text)["input_ids"]:
             raise InputError(f"the tokenizer in `{folder}` gives other tokens than the base's for {text!r}", hint)
-    if len(ours) != len(theirs) or ours.eos_token_id != theirs.eos_token_id:
+    if len(ours) != len(theirs):
         raise InputError(f"the tokenizer in `{folder}` has {len(theirs)} tokens, the base's has {len(ours)}", hint)
+    if ours.eos_token != theirs.eos_token:
+        raise InputError(f"in `{folder}` texts end with `{theirs.eos_token}`, in the base with `{ours.eos_token}`", hint)
     if (ours.chat_template or "") != (theirs.chat_template or ""):
         raise InputError(f"the chat template in `{folder}` is not the base's", hint)
 
@@ -1756,6 +1758,22 @@ def make_optimizer(choices: Choices) -> Any:
     return optimizers.AdamW(0.0, betas=list(choices.betas), **options)
 
 
+def rate_at(step: int, total: int, peak: float, choices: Choices) -> float:
+    """The learning rate of a step, counted from 0, as transformers' schedules have it."""
+    warmup = warmup_steps(total, choices)
+    if step < warmup:
+        return peak * step / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    falls = {"linear": max(0.0, 1.0 - done), "cosine": max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))}
+    return peak * falls.get(choices.schedule, 1.0)
+
+
+def warmup_steps(total: int, choices: Choices) -> int:
+    if choices.schedule == "constant":
+        return 0
+    return int(choices.warmup) if choices.warmup >= 1 else math.ceil(total * choices.warmup)
+
+
 class Training:
     """The loop: steps, events, evaluations, checkpoints, the end of a broken training."""
 
@@ -1784,11 +1802,13 @@ class Training:
 
     def go(self) -> None:
         """All steps that are left, or those until an interrupt; both end with a checkpoint."""
+        chosen = self.run["experiment"]["train"]
         self.model.train()
         while self.step < self.total and not self.interrupted:
-            rate, norm = self.rate(), self.take_step()
+            rate = rate_at(self.step, self.total, chosen["learning_rate"], self.choices)
+            norm = self.take_step(rate)
             done = self.step == self.total
-            saves = done or self.interrupted or self.step % self.run["experiment"]["train"]["save_steps"] == 0
+            saves = done or self.interrupted or self.step % chosen["save_steps"] == 0
             if saves or self.step % self.log_every == 0:
                 self.report(rate, norm)
             if self.eval_rows and not self.interrupted and (done or self.step % self.eval_every == 0):
@@ -1796,7 +1816,7 @@ class Training:
             if saves:
                 save_checkpoint(self.run, self)
 
-    def take_step(self) -> float:
+    def take_step(self, rate: float) -> float:
         """One optimizer step on the mean loss of its trained tokens; returns the norm of the gradient."""
         import mlx.core as mx
         from mlx.optimizers import clip_grad_norm
@@ -1812,7 +1832,7 @@ class Training:
             mx.eval(loss, gradients)  # now, or all micro-batches would be in memory at once
             total += loss.item()
         gradients, norm = clip_grad_norm(tree_map(lambda g: g / count, gradients), self.choices.max_norm)
-        self.optimizer.learning_rate = self.rate()
+        self.optimizer.learning_rate = rate
         self.optimizer.update(self.model, gradients)
         mx.eval(self.model.trainable_parameters(), self.optimizer.state, norm)
         mx.clear_cache()  # rows of many lengths leave many sizes of buffers behind
@@ -1829,19 +1849,6 @@ class Training:
         self.order.set_epoch(epoch)
         chosen = list(self.order)[place * self.per_step : (place + 1) * self.per_step]
         return [self.rows[index] for index in chosen]
-
-    def rate(self) -> float:
-        """The learning rate of the step to take, as transformers' schedules have it."""
-        peak, total, warmup = self.run["experiment"]["train"]["learning_rate"], self.total, self.warmup()
-        if self.step < warmup and self.choices.schedule != "constant":
-            return peak * self.step / max(1, warmup)
-        done = (self.step - warmup) / max(1, total - warmup)
-        falls = {"linear": max(0.0, 1.0 - done), "cosine": max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))}
-        return peak * falls.get(self.choices.schedule, 1.0)
-
-    def warmup(self) -> int:
-        said = self.choices.warmup
-        return int(said) if said >= 1 else math.ceil(self.total * said)
 
     def report(self, rate: float, norm: float) -> None:
         """One entry of the log: the mean loss of the steps since the entry before. Raises TrainingFailed."""
@@ -2013,12 +2020,12 @@ def save(run: dict, choices: Choices, training: Training, keys: list[str], base:
 def write_mlx_config(run: dict, choices: Choices, training: Training, kind: dict) -> None:
     """`mlx_config.yaml`: the same training for `mlx_lm.lora`, by hand. JSON values are YAML."""
     chosen = run["experiment"]["train"]
+    warmup = warmup_steps(training.total, choices)
     schedules = {
-        "linear": ("linear_schedule", [chosen["learning_rate"], 0.0, training.total - training.warmup()]),
-        "cosine": ("cosine_decay", [chosen["learning_rate"], training.total - training.warmup(), 0.0]),
+        "linear": ("linear_schedule", [chosen["learning_rate"], 0.0, training.total - warmup]),
+        "cosine": ("cosine_decay", [chosen["learning_rate"], training.total - warmup, 0.0]),
     }
     name, arguments = schedules.get(choices.schedule, ("linear_schedule", [chosen["learning_rate"]] * 2 + [1]))
-    warmup = 0 if choices.schedule == "constant" else training.warmup()
     adamw = {"betas": list(choices.betas), "eps": choices.epsilon, "weight_decay": choices.decay}
     settings = {
         "model": trained_name(run),

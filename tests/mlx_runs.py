@@ -10,7 +10,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from test_scripts_train import LORA, TRAIN, edit, events, inline, make_run, manifest, write_rows
+import pytest
+from test_scripts_train import (
+    CHAT,
+    LONGER,
+    LORA,
+    TRAIN,
+    conversations,
+    edit,
+    events,
+    inline,
+    make_run,
+    manifest,
+    write_rows,
+)
 
 ROOT = Path(__file__).parents[1]
 # Gemma 3 repeats five sliding layers and a full one, and MLX looks at the sixth. Other thetas than the classes' own
@@ -29,6 +42,7 @@ TWINS: dict[str, dict] = {
 }
 # Reused in one process, a layer class that recomputes would recompute in layers: see mlx_lm's `grad_checkpoint`.
 PLAIN = {"gradient_checkpointing": False}
+ROWS = [{"messages": LONGER}, {"messages": CHAT}, *conversations(4)]
 __all__ = ["LORA", "TRAIN", "edit", "events", "inline", "make_run", "manifest", "write_rows"]
 
 
@@ -118,3 +132,23 @@ def copied(folder: Path, target: Path, **config: Any) -> Path:
     path = target / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
     return target
+
+
+def changed_run(folder: Path, base: Path, field: str = "", value: Any = None, **more: Any) -> Path:
+    """A short run with held-out rows whose field, such as `lora.r`, has another value."""
+    section, _, key = field.rpartition(".")
+    changes = {"sft": PLAIN, "save_steps": 50, **more}
+    changes |= {"lora": {key: value}} if section else {key: value} if key else {}
+    data = write_rows(folder / "data.jsonl", ROWS)
+    run = make_run(folder / "run", base, data, **changes)
+    held_out = write_rows(folder / "held_out.jsonl", ROWS[:2])
+    return edit(run, inputs=json.loads(run.read_text())["inputs"] | {"eval_data": {"path": str(held_out)}})
+
+
+def refusal(script: ModuleType, run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> dict:
+    """The error event of a run that ends with exit code 2 and leaves nothing."""
+    assert inline(script, run, monkeypatch) == 2
+    (error,) = events(capfd.readouterr().out, "error")
+    assert error["hint"]
+    assert not (run.parent / "out").exists()
+    return error
