@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from mlx_runs import TRAIN, edit, inline, load, make_twin, manifest
+from mlx_runs import TRAIN, changed_run, edit, inline, load, make_twin, manifest, refusal
 
 from pipeline.experiment import Lora, Train
 
