@@ -1580,7 +1580,8 @@ def check_same_tokenizer(ours: Any, theirs: Any, folder: Path) -> None:
     if len(ours) != len(theirs):
         raise InputError(f"the tokenizer in `{folder}` has {len(theirs)} tokens, the base's has {len(ours)}", hint)
     if ours.eos_token != theirs.eos_token:
-        raise InputError(f"in `{folder}` texts end with `{theirs.eos_token}`, in the base with `{ours.eos_token}`", hint)
+        message = f"in `{folder}` texts end with `{theirs.eos_token}`, in the base with `{ours.eos_token}`"
+        raise InputError(message, hint)
     if (ours.chat_template or "") != (theirs.chat_template or ""):
         raise InputError(f"the chat template in `{folder}` is not the base's", hint)
 
