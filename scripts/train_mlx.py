@@ -1480,6 +1480,11 @@ def check_bases(run: dict, base: Path, trained: Path) -> None:
     if run["experiment"]["train"]["method"] == "qlora" and not quantised:
         message = f"`train.method: qlora`, but `{trained_name(run)}` is not quantised"
         raise InputError(message, "give a base that MLX quantised, such as one of mlx-community, or use `method: lora`")
+    if quantised and run["experiment"]["train"]["lora"]["dora"] and 32 % quantised["bits"]:
+        message = (
+            f"`train.lora.dora: true` on `{trained_name(run)}` of {quantised['bits']} bits: mlx_lm 0.32.2 takes its "
+        )
+        raise InputError(message + "layers for narrower ones", "set `dora: false`, or give a base of 4 or 8 bits")
     check_shards(trained)
     if not any((base / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")):
         raise InputError(f"the base `{base}` has no tokenizer", "give a base with tokenizer.json")
@@ -1636,11 +1641,7 @@ def load_model(run: dict, folder: Path, choices: Choices) -> tuple[Any, list[str
 
     utils.maybe_set_recommended_wired_limit()
     mx.random.seed(run["experiment"]["train"]["seed"])
-    try:
-        model, _ = utils.load_model(folder, model_config=mlx_config(read_json(folder / "config.json")))
-    except (ValueError, TypeError, KeyError, IndexError) as error:
-        message = f"mlx_lm {metadata.version('mlx-lm')} cannot load `{trained_name(run)}`: {one_line_of(error)}"
-        raise InputError(message, "train this base with torch") from error
+    model = load_base(run, folder)
     model.freeze()
     parameters, count = utils.get_total_parameters(model), len(model.layers)
     if (choices.last_layers or 0) > count:
@@ -1652,7 +1653,33 @@ def load_model(run: dict, folder: Path, choices: Choices) -> tuple[Any, list[str
     linear_to_lora_layers(model, layers, settings, use_dora=choices.dora)
     if choices.checkpointing:
         grad_checkpoint(model.layers[0])
+    elif choices.dropout:
+        emit("warning", message="with `lora.dropout` MLX keeps what layers compute, which takes more memory")
     return model, keys, parameters + sum(value.size for _, value in tree_flatten(model.trainable_parameters()))
+
+
+def load_base(run: dict, folder: Path) -> Any:
+    """The base in bfloat16, or as it is where it is quantised. Raises InputError if `mlx_lm` cannot load it."""
+    import mlx.core as mx
+    from mlx.utils import tree_map_with_path
+    from mlx_lm import utils
+
+    config = read_json(folder / "config.json")
+    try:
+        model, _ = utils.load_model(folder, lazy=True, model_config=mlx_config(config))
+    except (ValueError, TypeError, KeyError, IndexError, FileNotFoundError) as error:
+        message = f"mlx_lm {metadata.version('mlx-lm')} cannot load `{trained_name(run)}`: {one_line_of(error)}"
+        raise InputError(message, "train this base with torch") from error
+
+    may_cast = getattr(model, "cast_predicate", lambda _: True)
+
+    def to_bfloat16(name: str, value: Any) -> Any:
+        return value.astype(mx.bfloat16) if mx.issubdtype(value.dtype, mx.floating) and may_cast(name) else value
+
+    if not quantization_of(config):
+        model.update(tree_map_with_path(to_bfloat16, model.parameters()))
+    mx.eval(model.parameters())
+    return model
 
 
 def mlx_config(config: dict) -> dict:
@@ -1667,6 +1694,8 @@ def mlx_config(config: dict) -> dict:
         changes["rope_theta"] = whole["rope_theta"]
     if not config.get("rope_scaling") and whole.get("rope_type", "default") != "default":
         changes["rope_scaling"] = {**whole, "type": whole["rope_type"]}
+    if "partial_rotary_factor" not in config and "partial_rotary_factor" in whole:
+        changes["partial_rotary_factor"] = whole["partial_rotary_factor"]
     if sliding and "rope_local_base_freq" not in config:
         changes["rope_local_base_freq"] = sliding["rope_theta"]
     kinds = config.get("layer_types") or []

@@ -9,16 +9,12 @@ from types import ModuleType
 
 import numpy
 import pytest
-import test_scripts_hub
 from mlx_runs import PLAIN, ROOT, events, inline, load, make_run, make_twin, manifest, merged, write_rows
-from servers.hub import LoopbackHub
-from test_scripts_hub import REPO, Job, add_folder, train_run
 from test_scripts_train import CHAT, LONGER, ONE_THREAD, conversations, trainer_of
 
 pytestmark = pytest.mark.slow
 
 SCRIPT = ROOT / "scripts/train_mlx.py"
-hub = test_scripts_hub.hub  # the fixture
 TURNS = [{"from": "human", "value": "Say 1."}, {"from": "gpt", "value": "The quick brown fox."}]
 ROWS = {
     "messages": [{"messages": CHAT}, {"messages": LONGER}, *conversations(9)],
@@ -223,24 +219,6 @@ def test_other_layouts_reach_the_merge(
     assert abs(torch_logits(other, ids) - ours).max() > 0.02 * scale
     assert abs(torch_logits(other, ids, out) - ours).max() < 1e-4 * scale
     assert abs(torch_logits(merged(other, out, tmp_path / "merge"), ids) - ours).max() < 0.02 * scale
-
-
-def test_a_run_on_the_hub_claims_and_publishes(
-    hub: LoopbackHub,
-    base: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(test_scripts_hub.SCRIPTS, "train", "train_mlx")
-    job = Job(hub, train_run(tmp_path, add_folder(hub, "acme/tiny", base), train={"max_steps": 3}), "job-a")
-    assert job.end() == 0, job.log
-    files = hub.files(REPO)
-    told = json.loads(files["manifest.json"])
-    assert {entry["path"] for entry in told["files"]} <= files.keys()
-    assert (told["job_id"], told["trained_on"]["repo"]) == ("job-a", "acme/tiny")
-    assert json.loads(files[".mergetune/coach-0f3a9c21/train/winner.json"])["job_id"] == "job-a"
-    late = Job(hub, train_run(tmp_path / "two", add_folder(hub, "acme/tiny", base)), "job-b")
-    assert (late.end(), late.events("superseded")[0]["winner"]["finished"]) == (0, True)
 
 
 # Killed, and started again

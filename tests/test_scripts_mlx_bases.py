@@ -2,13 +2,32 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-from mlx_runs import PLAIN, changed_run, edit, events, inline, load, make_run, make_twin, quantised, refusal, write_rows
-from test_scripts_train import conversations
+from mlx_runs import (
+    PLAIN,
+    ROOT,
+    changed_run,
+    edit,
+    events,
+    inline,
+    load,
+    make_run,
+    make_twin,
+    manifest,
+    mlx_logits,
+    mlx_model,
+    quantised,
+    refusal,
+    torch_logits,
+    write_rows,
+)
+from test_scripts_train import ONE_THREAD, conversations
 
 pytestmark = pytest.mark.slow
 
@@ -85,6 +104,61 @@ def test_which_base_may_be_quantised(
     (tmp_path / "merge").mkdir()
     error = refusal(script, changed_run(tmp_path / "merge", small), monkeypatch, capfd)
     assert "is quantised by MLX (8 bits, groups of 32), and an adapter is merged into full weights" in error["message"]
+    odd = quantised(base, tmp_path / "odd", 6)
+    (tmp_path / "dora").mkdir()
+    run = with_mlx_base(changed_run(tmp_path / "dora", base, "lora.dora", True), odd)
+    assert inline(script, run, monkeypatch) == 2
+    assert "`train.lora.dora: true` on `odd` of 6 bits" in events(capfd.readouterr().out, "error")[0]["message"]
+
+
+def test_without_mlx_the_error_says_how_to_get_it(base: Path, tmp_path: Path) -> None:
+    run = changed_run(tmp_path, base)
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['mlx'] = None\n")
+    command, environment = (
+        [sys.executable, ROOT / "scripts/train_mlx.py", run],
+        ONE_THREAD | {"PYTHONPATH": str(tmp_path)},
+    )
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 2
+    assert "`mlx` is not installed" in done.stderr
+    assert 'hint: pip install "mlx[cpu]==0.32.4" mlx-lm==0.32.2' in done.stderr
+
+
+ROPES: dict[str, tuple[str, dict]] = {
+    "llama3": ("llama", {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 500.0}),
+    "linear": ("qwen3", {"factor": 4.0, "rope_theta": 500.0}),
+    "yarn": ("qwen3", {"factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "rope_theta": 500.0}),
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_mlx_reads_what_transformers_wrote(kind: str, tmp_path: Path) -> None:
+    """transformers 5 writes `rope_parameters`, which `mlx_lm` passes over: another model, without a word."""
+    from tiny_models import make_tiny
+
+    family, rope = ROPES[kind]
+    rope = {"rope_type": kind, "original_max_position_embeddings": 16, **rope}
+    made = make_tiny(tmp_path / "base", family, rope_parameters=rope, max_position_embeddings=64)
+    ids = [1, *range(40, 90)]  # past what the model was first made for
+    theirs, ours = torch_logits(made, ids), mlx_logits(mlx_model(made), ids)
+    assert abs(ours - theirs).max() < 1e-4 * abs(theirs).max()
+
+
+def test_a_base_in_float32_is_trained_in_bfloat16(
+    script: ModuleType, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    wide = Path(shutil.copytree(base, tmp_path / "base"))
+    weights = {name: tensor.float() for name, tensor in load_file(wide / "model.safetensors").items()}
+    save_file(weights, wide / "model.safetensors", metadata={"format": "pt"})
+    made = []
+    for name, folder in (("wide", wide), ("usual", base)):
+        (tmp_path / name).mkdir()
+        run = changed_run(tmp_path / name, folder)
+        assert inline(script, run, monkeypatch) == 0
+        made.append(manifest(run)["history"])
+    assert made[0] == made[1]
 
 
 WRONG_BASES = {
