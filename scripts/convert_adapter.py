@@ -286,9 +286,9 @@ def check_adapter(adapter: Adapter, weights: Weights) -> None:
     if not adapter.parts:
         raise InputError("the adapter holds no tensors", "look at its training: it saved nothing")
     for module, parts in adapter.parts.items():
-        if layer_of(module) is None:
-            message = f"the adapter changes `{module}`, which is no linear layer of the base's layers"
-            raise InputError(message, "train without embeddings and output layer")
+        if layer_of(module) is None or re.fullmatch(NOT_TEXT, module):
+            message = f"the adapter changes `{module}`, which is no linear layer of the base's text layers"
+            raise InputError(message, "train without embeddings, output layer and vision tower")
         if parts.keys() != wanted:
             odd = min(parts.keys() ^ wanted)
             raise InputError(f"the adapter's `{module}` lacks `{odd}`, or has it too much", "fetch the adapter again")

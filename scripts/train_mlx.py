@@ -1183,9 +1183,9 @@ def check_adapter(adapter: Adapter, weights: Weights) -> None:
     if not adapter.parts:
         raise InputError("the adapter holds no tensors", "look at its training: it saved nothing")
     for module, parts in adapter.parts.items():
-        if layer_of(module) is None:
-            message = f"the adapter changes `{module}`, which is no linear layer of the base's layers"
-            raise InputError(message, "train without embeddings and output layer")
+        if layer_of(module) is None or re.fullmatch(NOT_TEXT, module):
+            message = f"the adapter changes `{module}`, which is no linear layer of the base's text layers"
+            raise InputError(message, "train without embeddings, output layer and vision tower")
         if parts.keys() != wanted:
             odd = min(parts.keys() ^ wanted)
             raise InputError(f"the adapter's `{module}` lacks `{odd}`, or has it too much", "fetch the adapter again")
@@ -1834,17 +1834,20 @@ class Training:
         """All steps that are left, or those until an interrupt; both end with a checkpoint."""
         chosen = self.run["experiment"]["train"]
         self.model.train()
-        while self.step < self.total and not self.interrupted:
+        stops = False
+        while self.step < self.total and not stops:
             rate = rate_at(self.step, self.total, chosen["learning_rate"], self.choices)
             norm = self.take_step(rate)
-            done = self.step == self.total
-            saves = done or self.interrupted or self.step % chosen["save_steps"] == 0
+            stops = self.interrupted  # read once a step: a signal may come at any line
+            saves = stops or self.step == self.total or self.step % chosen["save_steps"] == 0
             if saves or self.step % self.log_every == 0:
                 self.report(rate, norm)
-            if self.eval_rows and not self.interrupted and (done or self.step % self.eval_every == 0):
+            if self.eval_rows and not stops and self.step % self.eval_every == 0:
                 self.evaluate()
             if saves:
                 save_checkpoint(self.run, self)
+        if self.eval_rows and not stops and self.step not in [entry["step"] for entry in self.evals]:
+            self.evaluate()
 
     def take_step(self, rate: float) -> float:
         """One optimizer step on the mean loss of its trained tokens; returns the norm of the gradient."""

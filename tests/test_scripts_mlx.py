@@ -9,7 +9,7 @@ from types import ModuleType
 
 import numpy
 import pytest
-from mlx_runs import PLAIN, ROOT, events, inline, load, make_run, make_twin, manifest, merged, write_rows
+from mlx_runs import PLAIN, ROOT, edit, events, inline, load, make_run, make_twin, manifest, merged, write_rows
 from test_scripts_train import CHAT, LONGER, ONE_THREAD, conversations, trainer_of
 
 pytestmark = pytest.mark.slow
@@ -261,9 +261,8 @@ def test_a_killed_run_goes_on_where_it_was(
         handle.truncate(100)
     assert inline(script, run, monkeypatch) == 0
     said = events(capfd.readouterr().out)
-    assert [e["message"] for e in said if e["event"] == "warning"] == [
-        f"`{last.name}` is incomplete or of another run: removed"
-    ]
+    warnings = [e["message"] for e in said if e["event"] == "warning"]
+    assert f"`{last.name}` is incomplete or of another run: removed" in warnings
     assert inline(script, whole, monkeypatch) == 0
     resumed, straight = manifest(run), manifest(whole)
     assert 4 <= resumed["resumed_from_step"] < 36 and straight["resumed_from_step"] == 0
@@ -281,3 +280,20 @@ def test_a_checkpoint_of_another_run_is_not_resumed(script: ModuleType, base: Pa
     assert script.last_checkpoint(request).name.startswith("checkpoint-")
     assert script.last_checkpoint(request | {"fingerprint": "1" * 64}) is None
     assert script.last_checkpoint(request) is None
+
+
+def test_a_run_that_broke_after_its_last_step_trains_no_more(
+    script: ModuleType, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    data = write_rows(tmp_path / "data.jsonl", conversations(10))
+    run = make_run(tmp_path / "run", base, data, 0.2, max_steps=3, sft=PLAIN)
+    experiment = json.loads(run.read_text())["experiment"]
+    with pytest.raises(AttributeError):  # the card needs a hypothesis, and comes after the weights
+        inline(script, edit(run, experiment=experiment | {"hypothesis": None}), monkeypatch)
+    first = (run.parent / "out" / "adapter_model.safetensors").read_bytes()
+    capfd.readouterr()
+    assert inline(script, edit(run, experiment=experiment), monkeypatch) == 0
+    assert events(capfd.readouterr().out, "step") == []
+    assert (run.parent / "out" / "adapter_model.safetensors").read_bytes() == first
+    told = manifest(run)
+    assert (told["metrics"]["steps"], told["eval_history"][-1]["step"]) == (3, 3)

@@ -225,6 +225,7 @@ MLX_TENSORS = {
     "model.layers.0.self_attn.q_proj.linear.weight": ((64, 64), "is trained whole"),
     "model.embed_tokens.lora_a": ((512, 4), "`embed_tokens`, which is no linear layer"),
     "lm_head.lora_a": ((64, 4), "`lm_head`, which is no linear layer"),
+    "vision_tower.encoder.layers.0.self_attn.q_proj.lora_a": ((64, 4), "is no linear layer of the base's text layers"),
     "model.layers.7.self_attn.q_proj.lora_a": ((64, 4), "`layers.7.self_attn.q_proj` lacks `b`"),
 }
 
