@@ -98,7 +98,6 @@ PROBES = (
     "日本語 🙂 привет",
     "<s>[INST] </s>",
 )
-PIECE = 512  # positions whose scores are in float32 at a time
 GRACE_S = 20  # a step may take this long after SIGTERM; the Hub kills 30 s after it asks
 
 
@@ -1725,16 +1724,17 @@ def adapted(layers: list, targets: str | list[str]) -> list[str]:
 
 
 def token_losses(logits: Any, targets: Any) -> Any:
-    """The loss of each position in float32, a piece at a time: of all, a large vocabulary takes gigabytes."""
+    """The loss of each position in float32, with all that is as large as the vocabulary left in bfloat16.
+
+    Of a whole `logsumexp` 8 bits would be left, of its distance to the largest score they are enough: 8 bytes a score
+    at the peak instead of 20, with a loss that agrees to 5 digits.
+    """
     import mlx.core as mx
-    from mlx import nn
 
-    def piece(start: int) -> Any:
-        wanted = targets[:, start : start + PIECE]
-        scored = mx.checkpoint(lambda part: nn.losses.cross_entropy(part.astype(mx.float32), wanted))
-        return scored(logits[:, start : start + PIECE])
-
-    return mx.concatenate([piece(start) for start in range(0, targets.shape[1], PIECE)], axis=1)
+    top = mx.stop_gradient(logits.max(axis=-1, keepdims=True))
+    rest = mx.logsumexp(logits - top, axis=-1)
+    wanted = mx.take_along_axis(logits, targets[..., None], axis=-1)
+    return rest.astype(mx.float32) + (top.astype(mx.float32) - wanted.astype(mx.float32))[..., 0]
 
 
 def summed_loss(model: Any, batch: list[Example]) -> Any:

@@ -116,6 +116,25 @@ def test_the_same_steps_as_with_torch(
     assert ours[-1]["loss"] < 0.97 * ours[0]["loss"]
 
 
+def test_losses_in_half_the_memory_are_those_in_float32(script: ModuleType) -> None:
+    import mlx.core as mx
+    from mlx import nn
+
+    mx.random.seed(0)
+    scores = (4 * mx.random.normal((2, 40, 3000)) + 20).astype(mx.bfloat16)
+    wanted = mx.random.randint(0, 3000, (2, 40))
+
+    def exact(logits: mx.array) -> mx.array:
+        return nn.losses.cross_entropy(logits.astype(mx.float32), wanted).mean()
+
+    value, slope = mx.value_and_grad(lambda logits: script.token_losses(logits, wanted).mean())(scores)
+    expected, expected_slope = mx.value_and_grad(exact)(scores)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert mx.abs(slope - expected_slope).max().item() < 0.01 * mx.abs(expected_slope).max().item()
+    rough = nn.losses.cross_entropy(scores, wanted).mean()
+    assert abs(rough.item() - expected.item()) > 10 * abs(value.item() - expected.item())
+
+
 def test_recomputing_layers_changes_nothing(
     script: ModuleType, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
