@@ -31,7 +31,7 @@ IDS = [1, 40, 300, 77, 5, 410, 63, 210, 90, 33, 158, 499, 20, 71]  # longer than
 ROUNDING = 2.0**-8  # bfloat16 keeps 8 bits: what one rounding changes, at most
 CHAT = [{"role": "user", "content": "How many sailors?"}, {"role": "assistant", "content": "42 sailors watch."}]
 # Steps so large that the adapter changes more than rounding does.
-LOUD = {"max_steps": 3, "learning_rate": 0.05, "sft": PLAIN, "lora": {"r": 4, "alpha": 16}}
+LOUD = {"max_steps": 3, "learning_rate": 0.01, "sft": PLAIN, "lora": {"r": 4, "alpha": 8}}
 
 
 @pytest.fixture(scope="module")
