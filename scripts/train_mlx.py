@@ -46,6 +46,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -280,6 +281,7 @@ START = (600, 0)  # nothing is lost yet, and the controller can start the job ag
 PUSH = (180, 0)  # a checkpoint: the next one replaces it
 PUBLISH = (3600, 300)  # an hour of the machine costs less than the work that it alone holds
 HEARTBEAT_S = 60
+RSS_IN_A_GIB = 2**30 if sys.platform == "darwin" else 2**20  # `ru_maxrss` counts KiB, on a Mac bytes
 LARGE_BYTES = 1 << 20  # files from this size go one by one, so that one which has arrived does not go again
 # Without the Hub's own id (a run by hand) every process is a job of its own.
 JOB_ID = os.environ.get("JOB_ID") or f"local-{os.getpid()}-{time.time_ns()}"
@@ -565,13 +567,25 @@ def publish_manifest(run: dict) -> None:
 
 
 def heartbeat(run: dict) -> None:
-    """A sign of life every minute: peak memory of this process and its children, free disk, time since the start."""
+    """A sign of life every minute: peak memory of this process and its children, free disk, how busy the GPUs are."""
     began = time.monotonic()
     while not STOPPED.wait(run.get("heartbeat_s", HEARTBEAT_S)):
         peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         free = shutil.disk_usage(run["work"]).free
-        numbers = {"memory_gib": round(peak / 2**20, 3), "disk_free_gb": round(free / 1e9, 1)}
+        numbers = {"memory_gib": round(peak / RSS_IN_A_GIB, 3), "disk_free_gb": round(free / 1e9, 1), **gpu_busy(run)}
         emit("heartbeat", **numbers, elapsed_s=round(time.monotonic() - began, 1))
+
+
+def gpu_busy(run: dict) -> dict[str, float]:
+    """The busy part of the GPUs (0 to 1) as their driver tells it; nothing without a GPU, or where it does not tell."""
+    command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+    if run.get("device") != "cuda" or not shutil.which(command[0]):
+        return {}
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()
+        return {"gpu_busy": round(sum(map(float, told)) / len(told) / 100, 3)}
+    except (OSError, ValueError, ZeroDivisionError, subprocess.SubprocessError):  # `[N/A]`: some cards do not tell
+        return {}
 
 
 def origin(run: dict) -> dict[str, str]:
