@@ -1,7 +1,7 @@
 """Run every rule over experiments. The only place that knows both the files and the rules."""
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -85,17 +85,25 @@ def gather_facts(
     )
 
 
-def preflight(path: Path, root: Path, settings: Settings, hub: HubClient, now: datetime) -> tuple[Finding, ...]:
+def clashes(root: Path, known: Mapping[Path, Experiment]) -> dict[Path, tuple[Experiment, ...]]:
+    """For every experiment of the repository the others it clashes with, by path; `known` are loaded already."""
+    loaded = {path.resolve(): experiment for path, experiment in known.items()}
+    for path in find_experiments(root, []):
+        if path.resolve() not in loaded:
+            with contextlib.suppress(InvalidExperiment):
+                loaded[path.resolve()] = load_experiment(path).experiment
+    groups = zip(loaded.items(), relatives(list(loaded.values())), strict=True)
+    return {path: tuple(one for one in group if one is not mine) for (path, mine), group in groups}
+
+
+def preflight(
+    path: Path, root: Path, settings: Settings, hub: HubClient, now: datetime, others: tuple[Experiment, ...]
+) -> tuple[Finding, ...]:
     """The errors of one experiment of the repository, with what the Hub says now: what stops a launch."""
     try:
         file = load_experiment(path, shown_path(path, root))
     except InvalidExperiment as error:
         return error.findings
-    experiments = [file.experiment]
-    for other in find_experiments(root, []):
-        if other.resolve() != path.resolve():
-            with contextlib.suppress(InvalidExperiment):
-                experiments.append(load_experiment(other).experiment)
     online = Online(Interview(hub), cache_folder())
-    facts = gather_facts(file.experiment, root, relatives(experiments)[0], online, now)
+    facts = gather_facts(file.experiment, root, others, online, now)
     return tuple(finding for finding in run_rules(file, facts, settings) if finding.severity is Severity.ERROR)
