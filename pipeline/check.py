@@ -21,7 +21,6 @@ from pipeline.settings import Settings
 from pipeline.trl_fields import sft_fields
 from pipeline.workspace import find_experiments, read_facts, shown_path
 
-
 Watch = Callable[[Sequence[Any], str], Iterable[Any]]
 
 
