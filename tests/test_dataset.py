@@ -219,7 +219,7 @@ def test_a_seed_counts_only_where_rows_are_held_out() -> None:
         return read_dataset(parse_experiment(said).experiment, ROOT)
 
     assert seen("", 1) is seen("", 2)  # read and counted once for all seeds of a sweep
-    assert seen("  eval: {fraction: 0.5}\n", 1) != seen("  eval: {fraction: 0.5}\n", 2)
+    assert seen("  eval: {fraction: 0.4}\n", 1) != seen("  eval: {fraction: 0.4}\n", 2)
 
 
 @pytest.mark.slow
