@@ -170,10 +170,9 @@ def row(verb: str, count: int, cost: Cost, small: Cost, first: tuple[int, Cost])
     was_cpu, was_memory, *_ = _each(first[1], small, first[0])
     cells = [verb, f"{count:,}", f"{cost.wall_s:.1f}", f"{cost.cpu_s:.1f}", f"{cost.peak_mb:.0f}"]
     cells += [str(cost.requests), str(cost.git)]
-    if count > SMALL:
-        cells += [f"{cpu_ms:.2f}", f"{memory_kb:.1f}", f"{requests:.3f}", f"{git:.3f}"]
-        cells += [f"{cpu_ms / was_cpu:.2f}", f"{memory_kb / was_memory:.2f}" if was_memory > 0 else ""]
-    return f"| {' | '.join(cells)} |" + " |" * (len(HEAD) - len(cells))
+    cells += [f"{cpu_ms:.2f}", f"{memory_kb:.1f}", f"{requests:.3f}", f"{git:.3f}"]
+    cells += [f"{cpu_ms / was_cpu:.2f}", f"{memory_kb / was_memory:.2f}" if was_memory > 0 else ""]
+    return f"| {' | '.join(cells)} |"
 
 
 def _each(cost: Cost, small: Cost, count: int) -> tuple[float, float, float, float]:
@@ -188,14 +187,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--counts", type=int, nargs="+", default=[1000, 3000, 10_000], help="experiments of each")
     counts = parser.parse_args().counts
-    small = measure(SMALL)
-    seen = {count: measure(count) for count in counts}
     print(f"| {' | '.join(HEAD)} |\n|---{'|--:' * (len(HEAD) - 1)}|")
-    for verb in VERBS:
-        first = (counts[0], seen[counts[0]][verb])
-        print(row(verb, SMALL, small[verb], small[verb], first))
-        for count in counts:
-            print(row(verb, count, seen[count][verb], small[verb], first))
+    small = measure(SMALL)
+    first: tuple[int, dict[str, Cost]] | None = None
+    for count in counts:
+        seen = measure(count)
+        first = first or (count, seen)
+        for verb in VERBS:
+            print(row(verb, count, seen[verb], small[verb], (first[0], first[1][verb])), flush=True)
 
 
 if __name__ == "__main__":
