@@ -117,10 +117,11 @@ def announce(desk: Desk, reports: Sequence[Report]) -> None:
             desk.tried(report.experiment, partial(_tell, desk, report, runs.get(report.run_id)))
     hints = {report.run_id: report.hint for report in reports}
     since = datetime.fromtimestamp(desk.world.clock.now(), UTC) - RECENT
-    for closed in desk.world.book.read_book().closed:
+    ended = desk.world.book.read_book().closed  # again: the tick has closed some
+    for closed in ended:
         if closed.at >= since and closed.verdict is not Verdict.ADOPTED:
             run, hint = runs.get(closed.run_id), hints.get(closed.run_id, "")
-            desk.tried(closed.run_id, partial(_tell_end, desk, closed, run, hint))
+            desk.tried(closed.run_id, partial(_tell_end, desk, closed, run, hint, ended))
 
 
 def summary_of(reports: Sequence[Report], notes: Sequence[str]) -> str:
@@ -177,7 +178,7 @@ def _mark(name: StageName, stages: Sequence[StageName], current: StageName | Non
     return "next" if outcome in (Outcome.BLOCKED, Outcome.YOURS) else "now"
 
 
-def _tell_end(desk: Desk, closed: Closed, run: Wanted | None, hint: str) -> None:
+def _tell_end(desk: Desk, closed: Closed, run: Wanted | None, hint: str, ended: Sequence[Closed]) -> None:
     """The final comment, once, where a pull request brought what ended."""
     plan = _plan(run)
     name = str(closed.summary.get("experiment") or (run.name if run else closed.run_id.rpartition("-")[0]))
@@ -189,7 +190,7 @@ def _tell_end(desk: Desk, closed: Closed, run: Wanted | None, hint: str) -> None
     if ours(desk.github.comments(pull.number), f"result:{key}", desk.github.login):
         return
     people = _people(desk.github, pull)
-    rivals = rivals_of(closed, desk.world.book.read_book().closed)
+    rivals = rivals_of(closed, ended)
     ending = Ending(name, closed, people, hint, desk.endpoint, _manifests(desk, plan), rivals)
     desk.github.final_comment(pull.number, key, result_comment(ending))
 

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,12 +65,18 @@ def check(
     Exit code: 0 no error, 1 a rule found an error, 2 a file is unreadable or invalid.
     """
     from pipeline.check import check_files
+    from pipeline.progress import watched
     from pipeline.settings import find_root, load_settings
     from pipeline.workspace import find_experiments
 
     root = find_root(_start(paths))
     seen = _online(root, online, endpoint, read_only)
-    result = check_files(find_experiments(root, paths or []), root, load_settings(root), seen)
+    watch = partial(watched, out=sys.stderr)
+    try:
+        result = check_files(find_experiments(root, paths or []), root, load_settings(root), seen, watch)
+    except KeyboardInterrupt:
+        print("stopped; nothing was changed", file=sys.stderr)
+        raise typer.Exit(130) from None
     _print_notes(seen)
     match format:
         case TextFormat.JSON:

@@ -34,14 +34,14 @@ class _Look:
     at: float
 
 
-def tick(world: World, *, dry_run: bool = False) -> list[Report]:
-    """Take the next action about every run.
+def tick(world: World, *, dry_run: bool = False, book: Book | None = None) -> list[Report]:
+    """Take the next action about every run; `book` is what the tags say, where it was read just now.
 
     Raises:
         HubError: a question had no answer; nothing was done.
         UserError: the tags could not be read; nothing was done.
     """
-    book = world.book.read_book()
+    book = book or world.book.read_book()
     if book.since is None:
         return _adopt(world, book, dry_run)
     open_runs = [run for run in world.tree.wanted if book.is_open(run.run_id)]

@@ -10,9 +10,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from pipeline.check import check_files
 from pipeline.comments import findings_text, left_comment, tick_boxes
 from pipeline.errors import Finding, Place, Severity, UserError
+from pipeline.experiment import Experiment
+from pipeline.facts import Facts
 from pipeline.github import GitHub
 from pipeline.loader import load_experiment
 from pipeline.online import Online
@@ -29,6 +30,8 @@ from pipeline.pull_request import (
     annotations,
     read_pull,
 )
+from pipeline.rules import ALL_RULES, Subject
+from pipeline.rules.others import relatives
 from pipeline.settings import find_root, load_settings
 from pipeline.tree import EXAMPLES
 from pipeline.workflow_run import WorkflowRun
@@ -122,11 +125,12 @@ def review(changed: Iterable[ChangedFile], tree: Path, base: Path, online: Onlin
     refuse_links_out(tree)
     if find_root(tree) != tree:
         raise UserError("the proposal has no pyproject.toml with `[tool.mergetune]`", "put it back")
-    proposal = proposal_of(tuple(changed), tree)
+    experiments = read_experiments(tree)
+    proposal = proposal_of(tuple(changed), experiments)
     if len(proposal.experiments) > MOST:
         words = f"{len(proposal.experiments)} experiments are changed at once, at most {MOST} may be"
         raise UserError(words, "split the pull request")
-    together = _checked_together(tree)
+    together = _checked_together(proposal, tree, experiments)
     previews = [(one, _preview(one, tree, base, online, together)) for one in proposal.experiments]
     return Reviewed(proposal, tuple(previews))
 
@@ -147,20 +151,29 @@ def refuse_links_out(tree: Path) -> None:
                 raise UserError(f"`{shown}` is a link that leads out of the repository", "remove it", at=Place(shown))
 
 
-def proposal_of(changed: Sequence[ChangedFile], tree: Path) -> Proposal:
+def read_experiments(tree: Path) -> dict[str, Experiment | None]:
+    """Every experiment of a tree by its path there; None for one that cannot be read."""
+    found: dict[str, Experiment | None] = {}
+    folder = tree / "experiments"
+    for path in find_experiments(tree, []) if any(folder.rglob("*.y*ml")) else []:
+        shown = shown_path(path, tree)
+        found[shown] = None
+        with suppress(UserError):
+            found[shown] = load_experiment(path).experiment
+    return found
+
+
+def proposal_of(changed: Sequence[ChangedFile], experiments: Mapping[str, Experiment | None]) -> Proposal:
     """The experiments whose file, or whose data in the repository, is among the changed files."""
     paths = {one.path for one in changed if one.status is not FileStatus.REMOVED}
     touched = paths | {one.path for one in changed} | {one.previous for one in changed if one.previous}
     moved = {one.path: one.previous for one in changed if one.previous and one.status is FileStatus.RENAMED}
     found: list[Proposed] = []
-    present = set()
-    for path in _experiments(tree):
-        shown = shown_path(path, tree)
-        present.add(shown)
-        if shown in paths or _uses(path, touched):
+    for shown, experiment in experiments.items():
+        if shown in paths or (experiment and _uses(experiment, touched)):
             previous = moved.get(shown, shown)
             found.append(Proposed(shown, previous, EXAMPLES in PurePosixPath(shown).parts))
-    gone = {path for path in touched - present if _launches(path)}
+    gone = {path for path in touched - experiments.keys() if _launches(path)}
     return Proposal(tuple(found), tuple(sorted(gone)))
 
 
@@ -231,26 +244,26 @@ def _preview(
     return replace(preview, findings=(*preview.findings, *together.get(one.path, ())))
 
 
-def _checked_together(tree: Path) -> dict[str, list[Finding]]:
-    """Findings by file, from a check of all experiments: two of them may not write to one place."""
-    found: dict[str, list[Finding]] = {}
-    for finding in check_files(_experiments(tree), tree, load_settings(tree)).findings:
-        if finding.rule in TOGETHER:
-            found.setdefault(finding.at.path, []).append(finding)
+def _checked_together(
+    proposal: Proposal, tree: Path, experiments: Mapping[str, Experiment | None]
+) -> dict[str, list[Finding]]:
+    """Findings by file of the proposed experiments among all: two of them may not write to one place."""
+    readable = {path: one for path, one in experiments.items() if one}
+    groups = dict(zip(readable, relatives(list(readable.values())), strict=True))
+    rules = [rule for rule in ALL_RULES if rule.id in TOGETHER]
+    settings, found = load_settings(tree), {}
+    for path in groups.keys() & {one.path for one in proposal.experiments}:
+        others = tuple(one for one in groups[path] if one is not readable[path])
+        subject = Subject(load_experiment(tree / path, path), Facts(others=others), settings)
+        said = [finding for rule in rules if (finding := rule.run(subject))]
+        found[path] = sorted(said, key=lambda one: (one.severity, one.at, one.rule))
     return found
 
 
-def _experiments(tree: Path) -> list[Path]:
-    folder = tree / "experiments"
-    return find_experiments(tree, []) if any(folder.rglob("*.y*ml")) else []
-
-
-def _uses(path: Path, touched: set[str]) -> bool:
+def _uses(experiment: Experiment, touched: set[str]) -> bool:
     """Whether an experiment names one of these files, or a folder that holds one."""
-    with suppress(UserError):
-        named = {str(PurePosixPath(name)) for name in in_repo_paths(load_experiment(path).experiment)}
-        return any(name in named or any(str(up) in named for up in PurePosixPath(name).parents) for name in touched)
-    return False
+    named = {str(PurePosixPath(name)) for name in in_repo_paths(experiment)}
+    return any(name in named or any(str(up) in named for up in PurePosixPath(name).parents) for name in touched)
 
 
 def _launches(path: str) -> bool:

@@ -79,8 +79,8 @@ def read_content(experiment: Experiment, root: Path) -> tuple[dict[str, str], tu
 def _lies_here(path: Path, root: Path, *, folder: bool) -> bool:
     """A file (or folder) inside the repository, links followed, and not the repository itself."""
     try:
-        real, home = _real(path), _real(root)
-        return real != home and real.is_relative_to(home) and (real.is_dir() if folder else real.is_file())
+        real, home = os.path.realpath(path), os.path.realpath(root)
+        return real.startswith(home + os.sep) and (Path(real).is_dir() if folder else Path(real).is_file())
     except (OSError, ValueError):  # a name too long, a folder that may not be looked into
         return False
 

@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
     "errors": 0,
     "events": 0,
+    "yaml_hints": 0,
     "yaml_text": 0,
     "fields": 0,
     "experiment": 0,
