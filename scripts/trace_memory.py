@@ -52,6 +52,7 @@ NOT_TEXT = r".*(vision|visual|image|audio|multi_modal_projector|mm_projector|con
 GIB = 2**30
 BLOCK = 512  # bytes; CUDA's caching allocator rounds every request up to this
 FUSED_ROWS = 1536  # up to so many rows bitsandbytes may multiply without writing the weight out
+ALONE = 4  # references to a tensor that only the engine holds, seen from inside a dispatch mode
 PAGED_FROM = 100_000  # elements; bitsandbytes keeps the state of smaller parameters on the GPU even when paged
 CATEGORIES = ("weights", "adapter", "optimizer", "activations", "head", "scratch")
 
@@ -119,8 +120,8 @@ def flash(sft: dict) -> bool:
     return "flash" in said
 
 
-def trace(request: dict) -> dict:
-    """The answer: what the peak is made of, and where in the step it is.
+def trace(request: dict, step: Any = None) -> dict:
+    """The answer: what the peak is made of, and where in the step it is. `step` replaces the Step of today's libraries.
 
     Raises:
         Refused: the model cannot be built, or does something that no fake tensor can.
@@ -134,7 +135,7 @@ def trace(request: dict) -> dict:
     with as_on_cuda():
         for layers in choices:
             try:
-                runs.append(Step(request, layers, kinds).run())
+                runs.append((step or Step)(request, layers, kinds).run())
             except (NotImplementedError, RuntimeError, TypeError, AttributeError, ValueError, KeyError) as error:
                 if os.environ.get("TRACE_DEBUG"):
                     raise
@@ -222,6 +223,9 @@ def extrapolated(runs: list[dict], choices: list[list[int]], kinds: list[str]) -
 class Step:
     """A model of some layers, trained on one micro-batch under a ledger. `run` returns the peaks by phase."""
 
+    dtype = "bfloat16"  # what train_sft.py loads
+    adapter_dtype: str | None = "bfloat16"  # what TRL casts an adapter on a quantised base to
+
     def __init__(self, request: dict, layers: list[int], kinds: list[str]) -> None:
         self.train, self.gpus = request["train"], request.get("gpus", 1)
         self.sft, self.method = self.train.get("sft") or {}, self.train["method"]
@@ -243,6 +247,7 @@ class Step:
             ledger.enter("embedding", "activations")
             loss = self.loss(model)
             ledger.enter("head backward", "head")
+            ledger.in_backward = True
             loss.backward()
             del held
         return ledger.peaks
@@ -255,15 +260,15 @@ class Step:
 
         self.ledger.enter("load", "weights")
         implementation = (self.sft.get("model_init_kwargs") or {}).get("attn_implementation")
-        model = base = load_base(self.config, FLASH if flash(self.sft) else implementation)
+        model = base = load_base(self.config, self.dtype, FLASH if flash(self.sft) else implementation)
         if self.method == "qlora":
             quantise(base, self.ledger)
         if self.method != "full":
             self.ledger.enter("load", "adapter")
             model = get_peft_model(base, lora_config(self.train["lora"], hasattr(self.config, "vision_config")))
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad and self.method == "qlora" and "lora_magnitude_vector" not in name:
-                    parameter.data = parameter.data.to(torch.bfloat16)  # as TRL does on a quantised base
+            for name, parameter in model.named_parameters() if self.method == "qlora" and self.adapter_dtype else ():
+                if parameter.requires_grad and "lora_magnitude_vector" not in name:
+                    parameter.data = parameter.data.to(getattr(torch, self.adapter_dtype))
         if self.sft.get("gradient_checkpointing") is not False:
             base.gradient_checkpointing_enable()
             if self.method != "full":
@@ -309,8 +314,8 @@ class Step:
         return -forward(**inputs, labels=ids, fused_lm_head=True).log_probs.sum() / ids.numel()
 
 
-def load_base(config: Any, attention: str | None) -> Any:
-    """The model class that the config names, in bfloat16, its weights without values."""
+def load_base(config: Any, dtype: str, attention: str | None) -> Any:
+    """The model class that the config names, its weights without values."""
     import torch
     import transformers
     from transformers.initialization import no_init_weights
@@ -321,7 +326,7 @@ def load_base(config: Any, attention: str | None) -> Any:
         architecture = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     chosen = {"attn_implementation": attention} if attention else {}
     with no_init_weights():
-        model = architecture._from_config(config, dtype=torch.bfloat16, **chosen)
+        model = architecture._from_config(config, dtype=getattr(torch, dtype), **chosen)
     model.tie_weights()
     return model
 
@@ -446,6 +451,7 @@ class Ledger:
         self.phase = self.category = ""
         self.total = self.highest = 0
         self.counts = True
+        self.in_backward = False
 
     def enter(self, phase: str, category: str) -> None:
         """What happens from now on belongs to this phase, what is allocated to this category."""
@@ -540,7 +546,8 @@ def before_layer(ledger: Any, kind: str, is_first: bool, layer: Any, args: tuple
 
 def after_layer(ledger: Any, place: str, is_last: bool, layer: Any, args: tuple, output: Any) -> None:
     hidden = output[0] if isinstance(output, tuple) else output
-    hidden.register_hook(lambda gradient: ledger.enter(f"backward {place}", "scratch"))
+    if hidden.requires_grad:  # not in the second pass of label smoothing
+        hidden.register_hook(lambda gradient: ledger.enter(f"backward {place}", "scratch"))
     if is_last:
         ledger.enter("head forward", "head")
 
@@ -548,13 +555,14 @@ def after_layer(ledger: Any, place: str, is_last: bool, layer: Any, args: tuple,
 # As on CUDA: what the device does otherwise than the CPU
 
 
-FLASH = "traced_flash"  # our name for a flash-attention kernel: transformers makes no mask for it
+FLASH = "traced"  # our name for a flash-attention kernel of its own: transformers makes no mask for it
 
 
 @contextmanager
 def as_on_cuda() -> Iterator[None]:
     """Kernels that a CUDA device would use in the place of the CPU's. Private names: the versions are pinned."""
     import torch
+    from peft.tuners.lora import dora
     from transformers import AttentionInterface, masking_utils
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from trl.kernels import chunked_logprob
@@ -576,12 +584,22 @@ def as_on_cuda() -> Iterator[None]:
         (chunked_logprob, "_backward_tile", lambda *args, **kwargs: None),
         (chunked_logprob, "_addmm_fp32", lambda *args: None),
         (utils, "_use_triton", lambda device: True),
+        (dora, "dequantize_module_weight", dequantized),
     ]
     with ExitStack() as stack:
         for owner, name, value in changes:
             stack.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, value)
         yield
+
+
+def dequantized(module: Any) -> Any:
+    """What DoRA takes the norm of. PEFT knows a 4-bit weight by a class that our shells do not have."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight = module.get_base_layer().weight if hasattr(module, "get_base_layer") else module.weight
+    state = getattr(weight, "quant_state", None)
+    return weight if state is None else dequantize_4bit(weight, state)
 
 
 def cuda_dropout(tensor: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
@@ -660,6 +678,21 @@ def cuda_index_put(ledger: Any, tensor: Any, indices: list, values: Any, *args: 
     return tensor
 
 
+def engine_add(ledger: Any, left: Any, right: Any, **kwargs: Any) -> Any:
+    """Autograd adds a gradient into the one before, where nobody else holds that; under a dispatch mode it never does."""
+    import torch
+
+    if not ledger.in_backward or torch.is_grad_enabled() or not isinstance(right, torch.Tensor) or kwargs:
+        return NotImplemented
+    for into, other in ((left, right), (right, left)):
+        storage = into.untyped_storage()
+        alone = into._use_count() == ALONE and torch._C._storage_Use_Count(storage._cdata) == 2
+        dense = storage.nbytes() == into.numel() * into.element_size()
+        if alone and dense and (into.shape, into.dtype) == (other.shape, other.dtype):
+            return into.add_(other)
+    return NotImplemented
+
+
 def cuda_masked_scatter_backward(ledger: Any, gradient: Any, mask: Any, sizes: Any) -> Any:
     """The gradient of every selected place."""
     return gradient.new_empty(sizes)
@@ -667,6 +700,7 @@ def cuda_masked_scatter_backward(ledger: Any, gradient: Any, mask: Any, sizes: A
 
 ON_CUDA: dict[str, Callable[..., Any]] = {
     "bitsandbytes.gemm_4bit.default": cuda_gemm_4bit,
+    "aten.add.Tensor": engine_add,
     "aten.index.Tensor": cuda_index,
     "aten._index_put_impl_.default": cuda_index_put,
     "aten.masked_scatter_backward.default": cuda_masked_scatter_backward,
