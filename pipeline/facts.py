@@ -9,6 +9,7 @@ from pipeline.dataset_facts import DatasetFacts
 from pipeline.experiment import Experiment
 from pipeline.hub_facts import HubFacts
 from pipeline.models import ModelShape
+from pipeline.traced import TracedMemory
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Facts:
     that are not there. `config` is the base's config.json (`config_fault`: what is wrong with it), `chat_template` its
     template's text (empty: it has none), `sft_fields` the type word of every field of the pinned TRL's SFTConfig
     (`sft_choices`: the allowed values of some), `scripts` the text of this plan's job scripts by path, `others` the
-    other experiments of the same check, `dataset` what its data file holds, `hub` what the Hub said (None: not asked).
+    other experiments of the same check, `dataset` what its data file holds, `hub` what the Hub said (None: not asked),
+    `traced` the memory of a traced step (None: not traced).
     """
 
     content: Mapping[str, str] = field(default_factory=dict)
@@ -58,3 +60,4 @@ class Facts:
     dataset: DatasetFacts | None = None
     hub: HubFacts | None = None
     finished: tuple[FinishedRun, ...] = ()
+    traced: TracedMemory | None = None

@@ -14,6 +14,7 @@ from pipeline.facts import Facts
 from pipeline.fields import is_path
 from pipeline.flavors import FLAVORS, Flavor
 from pipeline.memory import MemoryEstimate, estimate_memory
+from pipeline.traced import TracedMemory
 
 # What a section of the file says that decides the result. Flavor, timeout, budget and names do not.
 NOT_IN_FINGERPRINT = {"flavor", "timeout", "tracking", "save_steps"}
@@ -38,7 +39,10 @@ SCRIPTS = {
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of a plan: a job script on a flavor, bounded by a timeout in seconds."""
+    """One step of a plan: a job script on a flavor, bounded by a timeout in seconds.
+
+    `memory` is the closed form, `traced` what a trace found where one was made: that one decides.
+    """
 
     name: StageName
     script: str
@@ -46,6 +50,7 @@ class Stage:
     timeout_s: int
     cost: CostEstimate
     memory: MemoryEstimate | None = None
+    traced: TracedMemory | None = None
 
 
 @dataclass(frozen=True)
@@ -187,7 +192,7 @@ def _train_stage(experiment: Experiment, facts: Facts) -> Stage:
     setup_s = setup_seconds(facts.shape) if facts.shape else 0.0
     cost = estimate_cost(seconds, train.timeout, flavor, setup_s, known)
     script = train.script or SCRIPTS[StageName.TRAIN]
-    return Stage(StageName.TRAIN, script, flavor, train.timeout, cost, memory)
+    return Stage(StageName.TRAIN, script, flavor, train.timeout, cost, memory, facts.traced)
 
 
 def _after_training(experiment: Experiment) -> list[tuple[StageName, Merge | Gguf | Evaluate]]:

@@ -126,8 +126,6 @@ def trace(request: dict, step: Any = None) -> dict:
     Raises:
         Refused: the model cannot be built, or does something that no fake tensor can.
     """
-    import torch
-
     whole = full_config(request["config"])
     kinds = layer_kinds(whole.get_text_config())
     choices = [list(range(len(kinds)))] if request.get("full_depth") else traced_layers(kinds)
@@ -153,7 +151,9 @@ def trace(request: dict, step: Any = None) -> dict:
         "phases": {phase: round(sum(sizes.values()) / GIB, 4) for phase, sizes in phases.items()},
         "layers": len(kinds),
         "traced_layers": [len(layers) for layers in choices],
-        "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "trl", "peft", "bitsandbytes")},
+        "versions": {
+            p: importlib.metadata.version(p) for p in ("torch", "transformers", "trl", "peft", "bitsandbytes")
+        },
     }
 
 
@@ -175,7 +175,7 @@ def layer_kinds(text: Any) -> list[str]:
     """What distinguishes each layer: the values of every list that has one entry a layer."""
     count = text.num_hidden_layers
     columns = [value for value in text.to_dict().values() if isinstance(value, list) and len(value) == count > 1]
-    return ["/".join(str(column[layer]) for column in columns) or "layer" for layer in range(count)]
+    return [" ".join([*(str(column[layer]) for column in columns), "layer"]) for layer in range(count)]
 
 
 def traced_layers(kinds: list[str]) -> list[list[int]]:
@@ -244,9 +244,9 @@ class Step:
             held = self.first_step(model, parameters)
             for parameter in parameters:
                 parameter.register_post_accumulate_grad_hook(ledger.keep_gradient)
-            ledger.enter("embedding", "activations")
+            ledger.enter("forward of the embedding", "activations")
             loss = self.loss(model)
-            ledger.enter("head backward", "head")
+            ledger.enter("backward of the output head", "head")
             ledger.in_backward = True
             loss.backward()
             del held
@@ -281,11 +281,11 @@ class Step:
         import torch
 
         self.ledger.peaks.clear()  # loading goes tensor by tensor: its peak is not that of this building
-        self.ledger.enter("optimizer", "adapter")
+        self.ledger.enter("optimizer step", "adapter")
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)
         buckets = [torch.empty_like(parameter) for parameter in parameters] if self.gpus > 1 else []
-        self.ledger.enter("optimizer", "optimizer")
+        self.ledger.enter("optimizer step", "optimizer")
         name = self.sft.get("optim", "adamw_8bit" if self.method == "qlora" else "adamw_torch_fused")
         optimizer = step_optimizer(name, self.sft, model, parameters, self.ledger)
         if self.train["gradient_accumulation"] == 1:
@@ -363,9 +363,7 @@ def fill_shell(module: Any, bias: Any) -> None:
 
     shape, count = (module.out_features, module.in_features), module.out_features * module.in_features
     blocks = math.ceil(count / 64)
-    absmax = QuantState(
-        torch.empty(math.ceil(blocks / 256)), code=torch.empty(256), blocksize=256, dtype=torch.float32
-    )
+    absmax = QuantState(torch.empty(math.ceil(blocks / 256)), code=torch.empty(256), blocksize=256, dtype=torch.float32)
     state = QuantState(
         torch.empty(blocks, dtype=torch.uint8),
         shape=torch.Size(shape),
@@ -533,23 +531,23 @@ def watch(model: Any, kinds: list[str], ledger: Any) -> None:
     for number, layer in enumerate(layers):
         kind = kinds[number]
         same = [place for place, own in enumerate(kinds) if own == kind]
-        end = " top" if number == same[-1] else " bottom" if number == same[0] else " middle"
+        end = "last" if number == same[-1] else "first" if number == same[0] else "a middle"
         layer.register_forward_pre_hook(functools.partial(before_layer, ledger, kind, number == 0))
-        layer.register_forward_hook(functools.partial(after_layer, ledger, kind + end, number == len(kinds) - 1))
+        layer.register_forward_hook(functools.partial(after_layer, ledger, f"{end} {kind}", number == len(kinds) - 1))
 
 
 def before_layer(ledger: Any, kind: str, is_first: bool, layer: Any, args: tuple) -> None:
-    ledger.enter(f"forward {kind}", "activations")
+    ledger.enter(f"forward of a {kind}", "activations")
     if is_first and args[0].requires_grad:
-        args[0].register_hook(lambda gradient: ledger.enter("embedding backward", "scratch"))
+        args[0].register_hook(lambda gradient: ledger.enter("backward of the embedding", "scratch"))
 
 
 def after_layer(ledger: Any, place: str, is_last: bool, layer: Any, args: tuple, output: Any) -> None:
     hidden = output[0] if isinstance(output, tuple) else output
     if hidden.requires_grad:  # not in the second pass of label smoothing
-        hidden.register_hook(lambda gradient: ledger.enter(f"backward {place}", "scratch"))
+        hidden.register_hook(lambda gradient: ledger.enter(f"backward of the {place}", "scratch"))
     if is_last:
-        ledger.enter("head forward", "head")
+        ledger.enter("forward of the output head", "head")
 
 
 # As on CUDA: what the device does otherwise than the CPU
@@ -679,7 +677,7 @@ def cuda_index_put(ledger: Any, tensor: Any, indices: list, values: Any, *args: 
 
 
 def engine_add(ledger: Any, left: Any, right: Any, **kwargs: Any) -> Any:
-    """Autograd adds a gradient into the one before, where nobody else holds that; under a dispatch mode it never does."""
+    """Autograd adds a gradient into an earlier one that nobody else holds; under a dispatch mode it makes a third."""
     import torch
 
     if not ledger.in_backward or torch.is_grad_enabled() or not isinstance(right, torch.Tensor) or kwargs:

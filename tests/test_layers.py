@@ -16,6 +16,8 @@ LAYERS = {
     "settings": 0,
     "flavors": 0,
     "models": 0,
+    "traced": 0,
+    "trace": 2,
     "facts": 0,
     "hub_facts": 0,
     "markdown": 1,
