@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError, redact
+from pipeline.errors import Finding, Place, Severity, UserError, redact
 from pipeline.experiment import Experiment
 from pipeline.facts import Facts
 from pipeline.flavors import FLAVORS
@@ -20,6 +20,7 @@ from pipeline.traced import TracedMemory
 
 # The script of this code, not of the experiment's repository: that may be a proposal, which is read and never run.
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "trace_memory.py"
+MEMORY_RULE = "MEM002"  # training fits the GPU of its flavor
 STACK = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 TIMEOUT_S = 300  # a trace takes 10 s of CPU; most of it are imports
 SAID = 300  # characters of what the script said
@@ -43,6 +44,21 @@ def trace_memory(experiment: Experiment, facts: Facts) -> TracedMemory:
         message = "a trace needs the training stack, and it is not installed"
         raise UserError(message, 'install it: `pip install "mergetune[train]"`, or leave out `--trace`')
     return _traced(json.loads(_answer(trace_request(experiment, facts))))
+
+
+def trace_where_possible(
+    path: str, untraced: list[Finding], experiment: Experiment, facts: Facts
+) -> TracedMemory | None:
+    """The traced memory; where a training cannot be traced the closed form decides, and `untraced` says why."""
+    flavor = FLAVORS.get(experiment.train.flavor)
+    if flavor is None or flavor.gpu is None or (facts.config is None and facts.shape is None):
+        return None
+    try:
+        return trace_memory(experiment, facts)
+    except UserError as error:
+        hint = "nothing to do: the closed form decides, with its band"
+        untraced.append(Finding(MEMORY_RULE, Severity.WARNING, Place(path), error.message, hint))
+        return None
 
 
 def trace_request(experiment: Experiment, facts: Facts) -> dict[str, Any]:
