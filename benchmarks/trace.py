@@ -13,10 +13,12 @@ Plain: configuration, closed form, trace, their ratio and the CPU seconds of the
 import argparse
 import gc
 import importlib.util
+import json
 import os
 import resource
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -169,6 +171,22 @@ def older_step(module: ModuleType, loaded_as: str) -> type:
     return OlderStep
 
 
+def apart(work: Callable[[], Any]) -> Any:
+    """What `work` returns, JSON-ready, in a forked process: a trace leaves things behind that must not be collected."""
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        gc.disable()
+        try:
+            os.write(writer, json.dumps(work()).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, encoding="utf-8") as answer:
+        said = answer.read()
+    os.wait()
+    return json.loads(said)
+
+
 def published_shape(name: str) -> ModelShape:
     """The base of a published run."""
     layers, hidden, intermediate, *_ = PUBLISHED[name]
@@ -182,7 +200,7 @@ def traced_published(module: ModuleType, name: str) -> float:
     train = {"max_length": 4096, "batch_size": rows, "sft": flash}
     case = Case("mistralai/Mistral-7B-Instruct-v0.3", "qlora", train, {"r": 16, "targets": ATTENTION})
     request = trace_request(case.experiment, case.facts) | {"config": config_of(published_shape(name))}
-    found: float = module.trace(request, older_step(module, dtype))["allocated_gib"]
+    found: float = apart(lambda: module.trace(request, older_step(module, dtype))["allocated_gib"])
     return found
 
 

@@ -20,6 +20,8 @@ from pipeline.settings import Settings
 from pipeline.trl_fields import sft_fields
 from pipeline.workspace import find_experiments, read_facts, shown_path
 
+DECIDED_BEFORE = ("MEM002",)  # by the pull request's preflight
+
 
 class CheckResult:
     """Findings of a check, worst first; `unreadable` when a file broke the schema."""
@@ -86,7 +88,11 @@ def gather_facts(
 
 
 def preflight(path: Path, root: Path, settings: Settings, hub: HubClient, now: datetime) -> tuple[Finding, ...]:
-    """The errors of one experiment of the repository, with what the Hub says now: what stops a launch."""
+    """The errors of one experiment of the repository, with what the Hub says now: what stops a launch.
+
+    Not whether training fits its GPU: the pull request decided that, where it can be traced. A tick has no torch, and
+    must not refuse by the closed form what a trace let pass.
+    """
     try:
         file = load_experiment(path, shown_path(path, root))
     except InvalidExperiment as error:
@@ -98,4 +104,5 @@ def preflight(path: Path, root: Path, settings: Settings, hub: HubClient, now: d
                 experiments.append(load_experiment(other).experiment)
     online = Online(Interview(hub), cache_folder())
     facts = gather_facts(file.experiment, root, relatives(experiments)[0], online, now)
-    return tuple(finding for finding in run_rules(file, facts, settings) if finding.severity is Severity.ERROR)
+    found = run_rules(file, facts, settings)
+    return tuple(f for f in found if f.severity is Severity.ERROR and f.rule not in DECIDED_BEFORE)

@@ -10,7 +10,7 @@ from pipeline.errors import Finding, InvalidExperiment, Severity
 from pipeline.experiment import Experiment
 from pipeline.facts import Facts
 from pipeline.flavors import AS_OF
-from pipeline.markdown import code, defang, money, percent, plural, prose, quote, table
+from pipeline.markdown import code, defang, money, percent, plural, quote, table
 from pipeline.plan import Plan, Stage
 from pipeline.plan_changes import Changes, plan_hash
 from pipeline.progress import duration
@@ -136,7 +136,7 @@ def traced_line(train: Stage) -> str:
     verdict = "fits" if traced.fits(flavor) else "does not fit"
     return (
         f"Traced: {traced.allocated:.1f} GiB allocated{beside}, {traced.total:.1f} of the {flavor.vram_gib:g} GiB of "
-        f"`{flavor.name}` with fragmentation and CUDA: {verdict}. The peak is in the {prose(traced.phase)}."
+        f"`{flavor.name}` with fragmentation and CUDA: {verdict}. The peak: {code(traced.phase)}."
     )
 
 
