@@ -586,6 +586,8 @@ def as_on_cuda() -> Iterator[None]:
         (chunked_logprob, "_addmm_fp32", lambda *args: None),
         (utils, "_use_triton", lambda device: True),
         (dora, "dequantize_module_weight", dequantized),
+        # It takes a norm of a copy, for FSDP's sake. A copied fake tensor crashes torch when it goes.
+        (dora, "deepcopy", lambda layer: layer),
     ]
     with ExitStack() as stack:
         for owner, name, value in changes:

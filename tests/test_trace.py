@@ -207,7 +207,7 @@ def test_a_request_that_is_none(request_text: str, said: str) -> None:
 
 @pytest.mark.slow
 def test_settings_that_fail_are_refused_with_their_reason() -> None:
-    done = call(request_of(PHI3, ("  lora:", "  sft: {optim: adafactor}\n  lora:")))
+    done = call(request_of(PHI3, ("  lora:", "  sft: {optim: galore_adamw}\n  lora:")))
     assert (done.returncode, done.stdout) == (1, "")
     assert "error: `phi3` cannot be traced with these settings: " in done.stderr
 
