@@ -195,6 +195,7 @@ def _vision_linear(vision: Any) -> int:
 # Gemma 3's vision tower, the same in every size.
 _SIGLIP_CONFIG = {"model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304}
 _SIGLIP_CONFIG |= {"num_hidden_layers": 27, "num_attention_heads": 16, "image_size": 896, "patch_size": 14}
+_SIGLIP_CONFIG |= {"vision_use_head": False}
 _SIGLIP = _vision_linear(_SIGLIP_CONFIG)
 _S = ModelShape
 # Well-known bases, so that `plan` answers offline. Each from the config.json its repository publishes.

@@ -105,8 +105,8 @@ def run_preflight(
         UserError: the tree cannot be read, or changes too much at once.
         GitHubError: what is changed cannot be known.
     """
-    run.set_output("rehearse", [])  # whatever happens below: nothing of a bad proposal is rehearsed
     run.set_output("trace", False)
+    run.set_output("rehearse", [])  # whatever happens below: nothing of a bad proposal is rehearsed
     pull = read_pull(run.event["pull_request"]) if "pull_request" in run.event else None
     reviewed = review(changes_of(run, github, pull), tree, base, online)
     if trace_follows and not can_trace() and reviewed.waits_for_a_trace:

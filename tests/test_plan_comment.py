@@ -175,6 +175,8 @@ def test_decision_comes_first() -> None:
         "troubled-data": said["troubled-data"],
         "with-previous": "## ✅ `coach` fits `a10g-large`",
         "hostile": said["hostile"],
+        "traced": "## ✅ `coach` fits `a10g-large`",
+        "traced-does-not-fit": "## ❌ `coach` does not fit `a10g-large`",
         "invalid": "## ❌ `coach` is not a valid experiment",
         "no-plan": "## ❌ `coach` cannot run: 1 error",
     }

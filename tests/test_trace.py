@@ -116,7 +116,7 @@ def test_closed_form_and_trace_agree(trace: Trace, family: str) -> None:
     traced = trace(request_of(shape, ALL_LINEAR))
     closed = estimate_need(spec_of(experiment_of(ALL_LINEAR), shape), shape)
     assert closed.allocated == pytest.approx(traced["allocated_gib"], rel=0.04)
-    assert closed.weights == pytest.approx(traced["parts"]["weights"], rel=0.015)
+    assert closed.weights == pytest.approx(traced["parts"]["weights"], rel=0.01)
 
 
 VARIANTS = {
