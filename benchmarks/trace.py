@@ -303,7 +303,7 @@ def random_model(module: ModuleType, request: dict[str, Any], device: str) -> An
                 child.weight = Params4bit(old.weight.data, requires_grad=False, quant_type="nf4", module=child)
                 child.weight = child.weight.to(device)
                 child.bias, child.support_avx512bf16_for_cpu = old.bias, False
-        model.is_loaded_in_4bit, model.is_quantized = True, True
+        model.is_loaded_in_4bit = True  # what PEFT and TRL ask
     return torch.nn.Module.to(model, device)
 
 

@@ -177,6 +177,18 @@ def test_less_of_anything_allocates_less(trace: Trace) -> None:
     assert trace(request_of(SHAPES["gemma3_text"], *gemma, flash))["allocated_gib"] < masked
 
 
+@pytest.mark.slow
+def test_the_gpu_comparison_trains_what_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU it measures nothing, and runs every line before the question."""
+    benchmark = load(ROOT / "benchmarks/trace.py")
+    small = ModelShape("qwen3", 2, 256, 512, 256, 128, 4096, True, heads=4)
+    monkeypatch.setitem(CATALOGUE, "Qwen/Qwen3-4B", small)
+    train = {"max_length": 32, "batch_size": 2, "gradient_accumulation": 1}
+    for method, lora in (("qlora", {"r": 4}), ("full", {})):
+        assert benchmark.measure(benchmark.Case("Qwen/Qwen3-4B", method, train, lora), "cpu") is None
+    assert len(benchmark.CASES) >= 12
+
+
 @pytest.mark.parametrize(
     ("changes", "more", "said"),
     [
