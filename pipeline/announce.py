@@ -17,7 +17,8 @@ from pipeline.plan import Plan, StageName
 from pipeline.pull_request import Access, GitHubError, PullRequest, StatusState, ours
 from pipeline.remote import SeenJob, stage_folder
 from pipeline.result_comment import Ending, result_comment, result_id, rivals_of
-from pipeline.review import Origin, Origins, make_gate, path_of
+from pipeline.review import Origin, Origins, make_gate, memory_was_traced, path_of
+from pipeline.trace import MEMORY_RULE
 from pipeline.world import Outcome, Report, Wanted, World
 
 WATCH = "watch.yml"
@@ -89,16 +90,24 @@ def tick_and_tell(desk: Desk, approvals: int, summarise: Callable[[str], None]) 
 
 
 def gated(world: World, origins: Origins, approvals: int) -> World:
-    """The world in which a plan that nobody reviewed is not launched."""
+    """The world in which a plan that nobody reviewed is not launched.
+
+    A tick has no torch to trace memory with: where the reviewed comment says that a trace has shown the training to
+    fit, the closed form does not refuse it here.
+    """
     gate = make_gate(origins, approvals)
 
     def preflight(plan: Plan) -> tuple[Finding, ...]:
         try:
-            refused = gate(plan)
+            if refused := gate(plan):
+                return (refused,)
+            found = world.preflight(plan)
+            if any(one.rule == MEMORY_RULE for one in found) and memory_was_traced(origins, plan):
+                found = tuple(one for one in found if one.rule != MEMORY_RULE)
         except GitHubError as error:
             message = f"whether it was reviewed is not known: {error.detail}"
             raise UserError(message, "the next tick asks again") from error
-        return (refused,) if refused else world.preflight(plan)
+        return found
 
     return replace(world, preflight=preflight)
 

@@ -100,6 +100,9 @@ def plan(
     against: Annotated[
         Path | None, typer.Option(help="The file as the previous run had it: shows what changes.", readable=False)
     ] = None,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Trace one step for the exact memory: 10 s, needs the training stack.")
+    ] = False,
     online: OnlineFlag = False,
     endpoint: Endpoint = None,
     read_only: ReadOnly = False,
@@ -108,6 +111,7 @@ def plan(
 
     \b
     mergetune plan experiments/coach.yaml --online
+    mergetune plan experiments/coach.yaml --trace
     mergetune plan experiments/coach.yaml --format markdown --against old/coach.yaml
 
     Exit code: 0 no error, 1 a rule found an error, 2 the file is invalid. `markdown` prints errors in its text.
@@ -116,9 +120,10 @@ def plan(
     from pipeline.plan_preview import plan_as_dict, render_plan
     from pipeline.plan_request import preview_of
     from pipeline.settings import find_root
+    from pipeline.trace import trace_memory
 
     seen = _online(find_root(_start([path])), online, endpoint, read_only)
-    preview = preview_of(path, against, seen)
+    preview = preview_of(path, against, seen, trace_memory if trace else None)
     _print_notes(seen)
     if format is PlanFormat.MARKDOWN:
         print(plan_comment(preview), end="")

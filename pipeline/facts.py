@@ -9,6 +9,7 @@ from pipeline.dataset_facts import DatasetFacts
 from pipeline.experiment import Experiment
 from pipeline.hub_facts import HubFacts
 from pipeline.models import ModelShape
+from pipeline.traced import TracedMemory
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Facts:
     template's text (empty: it has none), `sft_fields` the type word of every field of the pinned TRL's SFTConfig
     (`sft_choices`: the allowed values of some), `scripts` the text of this plan's job scripts by path, `others` the
     other experiments of the same check, `dataset` what its data file holds, `hub` what the Hub said (None: not asked).
-    `mlx_config` is the config.json of `train.mlx.base`, `mlx_here` the MLX of this machine (None: nothing trains here).
+    `mlx_config` is the config.json of `train.mlx.base`, `mlx_here` the MLX of this machine (None: nothing trains here),
+    `traced` the memory of a traced step (None: not traced).
     """
 
     content: Mapping[str, str] = field(default_factory=dict)
@@ -69,3 +71,4 @@ class Facts:
     finished: tuple[FinishedRun, ...] = ()
     mlx_config: Mapping[str, Any] | None = None
     mlx_here: MlxHere | None = None
+    traced: TracedMemory | None = None

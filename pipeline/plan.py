@@ -18,6 +18,7 @@ from pipeline.mac import BAND as MAC_BAND
 from pipeline.mac import estimate_mac_memory, estimate_mac_seconds, mlx_bits
 from pipeline.memory import MemoryEstimate, estimate_memory
 from pipeline.models import ModelShape
+from pipeline.traced import TracedMemory
 
 # What a section of the file says that decides the result. Flavor, timeout, budget and names do not.
 NOT_IN_FINGERPRINT = {"flavor", "timeout", "tracking", "save_steps"}
@@ -44,7 +45,10 @@ WEEK_S = 7 * 86400  # the longest timeout there is; nothing ends a training on s
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of a plan: a job script on a flavor, bounded by a timeout in seconds."""
+    """One step of a plan: a job script on a flavor, bounded by a timeout in seconds.
+
+    `memory` is the closed form, `traced` what a trace found where one was made: that one decides.
+    """
 
     name: StageName
     script: str
@@ -52,6 +56,7 @@ class Stage:
     timeout_s: int
     cost: CostEstimate
     memory: MemoryEstimate | None = None
+    traced: TracedMemory | None = None
 
 
 @dataclass(frozen=True)
@@ -217,7 +222,7 @@ def _train_stage(experiment: Experiment, facts: Facts) -> Stage:
     setup_s = setup_seconds(facts.shape) if facts.shape else 0.0
     cost = estimate_cost(seconds, train.timeout, flavor, setup_s, known)
     script = train.script or SCRIPTS[StageName.TRAIN]
-    return Stage(StageName.TRAIN, script, flavor, train.timeout, cost, memory)
+    return Stage(StageName.TRAIN, script, flavor, train.timeout, cost, memory, facts.traced)
 
 
 def _mac_stage(experiment: Experiment, facts: Facts) -> Stage:

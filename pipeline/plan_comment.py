@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pipeline.hypothesis import read_claims
 from pipeline.mac_words import mac_section
 from pipeline.markdown import code, details, money, plural, quote
-from pipeline.plan import Plan
+from pipeline.plan import Plan, Stage
 from pipeline.plan_changes import plan_hash
 from pipeline.plan_details import estimate_basis, flavors_that_fit, memory_parts, settings_written
 from pipeline.plan_preview import Preview, Verdict, span_of, verdict_of
@@ -31,10 +31,15 @@ def plan_comment(preview: Preview, limit: int = LIMIT) -> str:
 
 
 def marker(preview: Preview) -> str:
-    """The hidden first line by which a later tick finds its own comment, and what was reviewed in it."""
+    """The hidden first line by which a later tick finds its own comment, and what was reviewed in it.
+
+    `memory=traced`: a trace has shown that the training fits. A tick cannot trace, and takes it from here.
+    """
     fingerprint = preview.plan.fingerprint if preview.plan else "none"
     approved = plan_hash(preview.plan) if preview.plan else "none"
-    return f"<!-- mergetune:plan:{preview.name} fingerprint={fingerprint} plan={approved} -->"
+    train = preview.plan.stages[0] if preview.plan else None
+    fits = " memory=traced" if train and train.traced and train.traced.fits(train.flavor) else ""
+    return f"<!-- mergetune:plan:{preview.name} fingerprint={fingerprint}{fits} plan={approved} -->"
 
 
 def _opening(preview: Preview) -> list[str]:
@@ -91,12 +96,16 @@ def _verdict_line(preview: Preview, plan: Plan) -> str:
         f"**Time** {_time_words(span.expected, span.low, span.high)}" if span else _time_unknown(plan),
     ]
     if train.flavor.gpu is not None:
-        memory = train.memory
-        need = (
-            "cannot be known" if memory is None else f"{memory.total:.1f} GiB ({memory.low:.1f} to {memory.high:.1f})"
-        )
-        parts.append(f"**Memory** {need} of {train.flavor.vram_gib:g} GiB")
+        parts.append(f"**Memory** {_memory_words(train)} of {train.flavor.vram_gib:g} GiB")
     return " · ".join([*parts, _counted(preview)])
+
+
+def _memory_words(train: Stage) -> str:
+    memory = train.memory
+    if train.traced is not None:
+        beside = f" (closed form {memory.total:.1f})" if memory else ""
+        return f"{train.traced.total:.1f} GiB, traced{beside}"
+    return "cannot be known" if memory is None else f"{memory.total:.1f} GiB ({memory.low:.1f} to {memory.high:.1f})"
 
 
 def _time_words(expected: float, low: float, high: float) -> str:

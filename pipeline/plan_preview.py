@@ -85,6 +85,8 @@ def verdict_of(train: Stage) -> Verdict:
         return Verdict.LOCAL
     if train.flavor.gpu is None:
         return Verdict.NO_GPU
+    if train.traced is not None:
+        return Verdict.FITS if train.traced.fits(train.flavor) else Verdict.DOES_NOT_FIT
     if train.memory is None:
         return Verdict.UNKNOWN
     return {True: Verdict.FITS, False: Verdict.DOES_NOT_FIT, None: Verdict.MAY_NOT_FIT}[train.memory.fits(train.flavor)]
@@ -121,12 +123,26 @@ def render_plan(preview: Preview) -> str:
         _data_line(preview.facts.dataset),
         _memory_line(train),
         "\n".join(f"- {words}" for words in mac_lines(plan, preview.facts)),
+        traced_line(train),
         _changes_line(preview.changes),
     ]
     memory_band = f"memory ±{train.memory.band:.0%}, " if train.memory else ""
     bands = f"{memory_band}durations ±{train.cost.band:.0%}, prices of {AS_OF}"
     parts.append(f"<sub>Estimates: {bands}. Fingerprint `{plan.fingerprint}`.</sub>")
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def traced_line(train: Stage) -> str:
+    """What a trace found beside the closed form, and whether the device has it; empty where nothing was traced."""
+    traced, memory, flavor = train.traced, train.memory, train.flavor
+    if traced is None or flavor.gpu is None:
+        return ""
+    beside = f" (closed form {memory.allocated:.1f})" if memory else ""
+    verdict = "fits" if traced.fits(flavor) else "does not fit"
+    return (
+        f"Traced: {traced.allocated:.1f} GiB allocated{beside}, {traced.total:.1f} of the {flavor.vram_gib:g} GiB of "
+        f"`{flavor.name}` with fragmentation and CUDA: {verdict}. The peak: {code(traced.phase)}."
+    )
 
 
 def stage_table(stages: Sequence[Stage]) -> str:
@@ -208,6 +224,7 @@ def _stage_as_dict(stage: Stage) -> dict[str, Any]:
         "worst_usd": stage.cost.worst_usd,
         "memory_gib": stage.memory and round(stage.memory.total, 2),
         "memory_band": stage.memory and stage.memory.band,
+        "traced": stage.traced and stage.traced.as_dict(),
     }
 
 
@@ -222,6 +239,9 @@ def _fit_words(train: Stage) -> str:
         return "Trains on a Mac with MLX."
     if flavor.gpu is None:
         return f"Trains on `{flavor.name}`, without a GPU."
+    if train.traced is not None:
+        verdict, total = verdict_of(train).capitalize(), train.traced.total
+        return f"**{verdict}** `{flavor.name}`: {total:.1f} of {flavor.vram_gib:g} GiB, traced."
     if memory is None:
         return f"Memory on `{flavor.name}` is not known: no config.json of this base at hand."
     return f"**{verdict_of(train).capitalize()}** `{flavor.name}`: about {memory.total:.1f} of {flavor.vram_gib:g} GiB."

@@ -142,9 +142,10 @@ def _stage_row(stage: Stage) -> tuple[str, ...]:
 
 
 def _memory(stage: Stage) -> str:
-    if stage.memory is None or stage.flavor.gpu is None:
+    found = stage.traced or stage.memory
+    if found is None or stage.flavor.gpu is None:
         return ""
-    return f"{stage.memory.total:.1f} of {stage.flavor.vram_gib:g} GiB"
+    return f"{found.total:.1f} of {stage.flavor.vram_gib:g} GiB"
 
 
 def _not_counted(facts: Facts) -> str:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from pipeline.comments import findings_text, left_comment, tick_boxes
@@ -33,6 +34,7 @@ from pipeline.pull_request import (
 from pipeline.rules import ALL_RULES, Subject
 from pipeline.rules.others import relatives
 from pipeline.settings import find_root, load_settings
+from pipeline.trace import MEMORY_RULE, can_trace, trace_where_possible
 from pipeline.tree import EXAMPLES
 from pipeline.workflow_run import WorkflowRun
 from pipeline.workspace import find_experiments, shown_path
@@ -78,21 +80,41 @@ class Reviewed:
         return not any(preview.errors for _, preview in self.previews)
 
     @property
+    def waits_for_a_trace(self) -> bool:
+        """Whether memory by the closed form is all that stands in the way, or is not sure to be enough."""
+        rules = {finding.rule for _, preview in self.previews for finding in preview.errors}
+        return rules <= {MEMORY_RULE} and any(finding.rule == MEMORY_RULE for finding in self.findings)
+
+    @property
     def launched(self) -> list[Preview]:
         """The previews of those that a merge launches."""
         return [preview for proposed, preview in self.previews if not proposed.example]
 
 
-def run_preflight(run: WorkflowRun, github: GitHub, tree: Path, base: Path, online: Online | None = None) -> int:
-    """Check, plan and say so; the exit code.
+def run_preflight(
+    run: WorkflowRun,
+    github: GitHub,
+    tree: Path,
+    base: Path,
+    online: Online | None = None,
+    *,
+    trace_follows: bool = False,
+) -> int:
+    """Check, plan and say so; the exit code. Memory is traced where the training stack is installed.
+
+    `trace_follows`: it is not, and where only memory is in question another call will trace it and say everything.
 
     Raises:
         UserError: the tree cannot be read, or changes too much at once.
         GitHubError: what is changed cannot be known.
     """
+    run.set_output("trace", False)
     run.set_output("rehearse", [])  # whatever happens below: nothing of a bad proposal is rehearsed
     pull = read_pull(run.event["pull_request"]) if "pull_request" in run.event else None
     reviewed = review(changes_of(run, github, pull), tree, base, online)
+    if trace_follows and not can_trace() and reviewed.waits_for_a_trace:
+        run.set_output("trace", True)
+        return 0
     if lines := annotations(reviewed.findings):
         print(lines)
     run.summarise(summary_of(reviewed))
@@ -236,12 +258,14 @@ def _preview(
 ) -> Preview:
     before = base / one.previous if one.previous else None
     against = before if before is not None and before.is_file() and not before.is_symlink() else None
+    untraced: list[Finding] = []
+    trace = partial(trace_where_possible, one.path, untraced) if can_trace() else None
     try:
-        preview = preview_of(tree / one.path, against, online)
+        preview = preview_of(tree / one.path, against, online, trace)
     except UserError as error:
         finding = Finding("PLAN", Severity.ERROR, Place(one.path), error.message, error.hint)
         preview = Preview(PurePosixPath(one.path).stem, one.path, findings=(finding,))
-    return replace(preview, findings=(*preview.findings, *together.get(one.path, ())))
+    return replace(preview, findings=(*preview.findings, *untraced, *together.get(one.path, ())))
 
 
 def _checked_together(

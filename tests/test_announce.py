@@ -16,6 +16,8 @@ from pipeline.announce import Desk, announce, open_desk, tick_and_tell
 from pipeline.book import Tag, since_message
 from pipeline.chatops import Place, carry_out_dispatched, read_command, run_command
 from pipeline.controller import tick
+from pipeline.errors import Finding, Severity
+from pipeline.errors import Place as FilePlace
 from pipeline.plan import Plan, StageName
 from pipeline.preflight import run_preflight
 from pipeline.reconcile import Seen, Submit
@@ -43,6 +45,7 @@ class Life:
         message = since_message(datetime.fromtimestamp(self.sim.time, UTC))
         self.sim.tags["mergetune/since"] = Tag("mergetune/since", "c" * 40, message)
         self.approvals = self.checkouts = 0
+        self.found: tuple[Finding, ...] = ()  # by the check before a launch
         self.summary = ""
 
     def propose(self, *, preflight: bool = True, **files: str | None) -> int:
@@ -74,7 +77,15 @@ class Life:
 
         tree = read_tree(clone, self.github.world.commit("refs/heads/main"))
         world = World(
-            remote, SimBook(remote), remote.clock, Settings(), tree, LABEL, lambda plan: (), order, namespaces=ACME
+            remote,
+            SimBook(remote),
+            remote.clock,
+            Settings(),
+            tree,
+            LABEL,
+            lambda plan: self.found,
+            order,
+            namespaces=ACME,
         )
         github = client(self.github)
         return open_desk(world, github, clone, Origins(github, Repository(clone), "main"))
@@ -219,6 +230,23 @@ def test_a_plan_that_nobody_saw_is_not_launched_until_a_writer_asks_for_it(life:
     life.say(number, "mallory", "/plan")
     assert life.tick()[0].outcome is Outcome.BLOCKED
     life.say(number, "bob", "/plan")
+    assert life.tick()[0].outcome is Outcome.SUBMITTED
+
+
+def test_memory_that_a_trace_has_shown_to_fit_is_not_refused_by_the_closed_form(life: Life) -> None:
+    place = FilePlace(SMALL)
+    life.found = (Finding("MEM002", Severity.ERROR, place, "training needs about 99 GiB", "write `flavor: h200`"),)
+    number = life.propose(small=experiment())
+    life.merge(number)
+    (report,) = life.tick()
+    assert (report.outcome, report.text) == (Outcome.BLOCKED, "training needs about 99 GiB")
+    (comment,) = life.comments(number, "plan")
+    life.github.comment(number, "mallory", comment.replace(" plan=", " memory=traced plan="))
+    assert life.tick()[0].outcome is Outcome.BLOCKED, "anybody can type a marker"
+    client(life.github).sticky_comment(number, "plan:small", comment.replace(" plan=", " memory=traced plan="))
+    life.found += (Finding("HUB007", Severity.ERROR, place, "the token cannot start jobs", ""),)
+    assert life.tick()[0].text == "the token cannot start jobs", "only memory was traced"
+    life.found = life.found[:1]
     assert life.tick()[0].outcome is Outcome.SUBMITTED
 
 

@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 STAGES = {"train_sft": "train", "train_mlx": "train", "merge_adapter": "merge", "convert_gguf": "gguf"}
 STAGES |= {"evaluate": "evaluate"}
-TOOLS = {"convert_adapter"}  # for people: no stage, and no run.json
+# No stage, and no run.json: the one is for people, the other for `mergetune plan --trace`.
+TOOLS = {"convert_adapter", "trace_memory"}
 JOBS = [script for script in SCRIPTS if script.stem in STAGES]
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 each_job = pytest.mark.parametrize("script", JOBS, ids=lambda path: path.stem)
