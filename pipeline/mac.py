@@ -29,16 +29,15 @@ from pipeline.models import ModelShape
 
 PART = 0.45
 BAND = 0.6  # of the duration, each way
-# Each way: scripts/train_mlx.py reported at most 11 % more or less for five trainings of a 42 M Llama on a CPU, which
+# Each way: scripts/train_mlx.py reported at most 3 % more or less for five trainings of a 42 M Llama on a CPU, which
 # tests/test_mac.py repeats. None was measured on a Mac.
 MEMORY_BAND = 0.25
 GROUP_BITS = 32 / 64  # a scale and a bias of 16 bits for each 64 weights
 ADAPTER_BYTES = 8  # fp32 weights and gradients
 MOMENT_BYTES = 8
-# Bytes of a logit, found in the same trainings: 16 bits, and gradients of pieces that are added up whole; of `PIECE`
-# positions at a time everything is in fp32.
-LOGIT_BYTES, PIECE, PIECE_BYTES = 13, 512, 8
-SCORE_BYTES = 10  # of one attention score in a backward pass, of all layers at once where they are not recomputed
+# Found in the same trainings: bytes of a logit at the peak, and of one attention score in a backward pass, of all layers
+# at once where they are not recomputed.
+LOGIT_BYTES, SCORE_BYTES = 8, 3
 RUNTIME_GIB = 1.0  # assumed: Python, Metal and MLX's cache of freed buffers
 _BITS = re.compile(r"(?<![a-z0-9])(?:q?([2-8])[-_]?bit|mxfp([48])|nvfp([4])|q([2-8]))(?![a-z0-9])", re.IGNORECASE)
 _FLOAT = re.compile(r"(?<![a-z0-9])(?:bf16|fp16|f16|bfloat16|float16)(?![a-z0-9])", re.IGNORECASE)
@@ -106,7 +105,7 @@ def estimate_mac_memory(experiment: Experiment, shape: ModelShape, bits: int) ->
         adapter=ADAPTER_BYTES * trained / GIB,
         optimizer=MOMENT_BYTES * trained / GIB,
         activations=(alive * (layer + scores) + inputs) / GIB,
-        head=(LOGIT_BYTES * tokens + PIECE_BYTES * min(tokens, PIECE)) * shape.vocab / GIB,
+        head=LOGIT_BYTES * tokens * shape.vocab / GIB,
         context=RUNTIME_GIB,
         fragmentation=0.0,
         band=MEMORY_BAND,
