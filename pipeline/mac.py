@@ -35,8 +35,8 @@ MEMORY_BAND = 0.25
 GROUP_BITS = 32 / 64  # a scale and a bias of 16 bits for each 64 weights
 ADAPTER_BYTES = 8  # fp32 weights and gradients
 MOMENT_BYTES = 8
-# Found in the same trainings: bytes of a logit at the peak, and of one attention score in a backward pass, of all layers
-# at once where they are not recomputed.
+# Found in the same trainings: bytes of a logit at the peak, and of one attention score in a backward pass, of all
+# layers at once where they are not recomputed.
 LOGIT_BYTES, SCORE_BYTES = 8, 3
 RUNTIME_GIB = 1.0  # assumed: Python, Metal and MLX's cache of freed buffers
 _BITS = re.compile(r"(?<![a-z0-9])(?:q?([2-8])[-_]?bit|mxfp([48])|nvfp([4])|q([2-8]))(?![a-z0-9])", re.IGNORECASE)
