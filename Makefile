@@ -76,8 +76,10 @@ bench: $(VENV)/.dev ## every benchmark, one table each
 	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/train_overhead.py
 	$(BIN)/python benchmarks/rehearse.py
+	$(BIN)/python benchmarks/trace.py
 	$(BIN)/python benchmarks/exactly_once.py --plans 2000
 	$(BIN)/python benchmarks/reconcile.py --experiments 1000
+	$(BIN)/python benchmarks/large_repository.py
 
 clean: ## remove runs, caches and the virtual environment
 	rm -rf $(VENV) runs build demo site .pytest_cache .mypy_cache .ruff_cache

@@ -17,15 +17,18 @@ from pipeline.plan import Plan, StageName
 from pipeline.pull_request import Access, GitHubError, PullRequest, StatusState, ours
 from pipeline.remote import SeenJob, stage_folder
 from pipeline.result_comment import Ending, result_comment, result_id, rivals_of
-from pipeline.review import Origin, Origins, make_gate, path_of
+from pipeline.review import Origin, Origins, make_gate, memory_was_traced, path_of
+from pipeline.trace import MEMORY_RULE
 from pipeline.world import Outcome, Report, Wanted, World
 
 WATCH = "watch.yml"
 RECENT = timedelta(days=2)  # how long a final comment that could not be posted is tried again
+# Not what waits for a person's adapter: that may take days, and who hands it in starts the next tick.
 IN_FLIGHT = {Outcome.SUBMITTED, Outcome.WAITING, Outcome.BLOCKED}
 HEADLINES = {
     Outcome.SUBMITTED: "is under way",
     Outcome.WAITING: "is under way",
+    Outcome.YOURS: "waits for you",
     Outcome.BLOCKED: "is blocked",
     Outcome.FINISHED: "is done",
     Outcome.FAILED: "failed",
@@ -35,6 +38,7 @@ HEADLINES = {
 STATES = {
     Outcome.SUBMITTED: StatusState.PENDING,
     Outcome.WAITING: StatusState.PENDING,
+    Outcome.YOURS: StatusState.PENDING,
     Outcome.BLOCKED: StatusState.PENDING,
     Outcome.FINISHED: StatusState.SUCCESS,
     Outcome.FAILED: StatusState.FAILURE,
@@ -86,16 +90,24 @@ def tick_and_tell(desk: Desk, approvals: int, summarise: Callable[[str], None]) 
 
 
 def gated(world: World, origins: Origins, approvals: int) -> World:
-    """The world in which a plan that nobody reviewed is not launched."""
+    """The world in which a plan that nobody reviewed is not launched.
+
+    A tick has no torch to trace memory with: where the reviewed comment says that a trace has shown the training to
+    fit, the closed form does not refuse it here.
+    """
     gate = make_gate(origins, approvals)
 
     def preflight(plan: Plan) -> tuple[Finding, ...]:
         try:
-            refused = gate(plan)
+            if refused := gate(plan):
+                return (refused,)
+            found = world.preflight(plan)
+            if any(one.rule == MEMORY_RULE for one in found) and memory_was_traced(origins, plan):
+                found = tuple(one for one in found if one.rule != MEMORY_RULE)
         except GitHubError as error:
             message = f"whether it was reviewed is not known: {error.detail}"
             raise UserError(message, "the next tick asks again") from error
-        return (refused,) if refused else world.preflight(plan)
+        return found
 
     return replace(world, preflight=preflight)
 
@@ -114,10 +126,11 @@ def announce(desk: Desk, reports: Sequence[Report]) -> None:
             desk.tried(report.experiment, partial(_tell, desk, report, runs.get(report.run_id)))
     hints = {report.run_id: report.hint for report in reports}
     since = datetime.fromtimestamp(desk.world.clock.now(), UTC) - RECENT
-    for closed in desk.world.book.read_book().closed:
+    ended = desk.world.book.read_book().closed  # again: the tick has closed some
+    for closed in ended:
         if closed.at >= since and closed.verdict is not Verdict.ADOPTED:
             run, hint = runs.get(closed.run_id), hints.get(closed.run_id, "")
-            desk.tried(closed.run_id, partial(_tell_end, desk, closed, run, hint))
+            desk.tried(closed.run_id, partial(_tell_end, desk, closed, run, hint, ended))
 
 
 def summary_of(reports: Sequence[Report], notes: Sequence[str]) -> str:
@@ -154,7 +167,7 @@ def _view(report: Report, plan: Plan | None, job: SeenJob | None) -> RunView:
         text=report.text,
         hint=report.hint,
         job_url=job.url if job else "",
-        live=report.outcome in IN_FLIGHT,
+        live=report.outcome in IN_FLIGHT or report.outcome is Outcome.YOURS,
         job=report.live,
         usd=report.usd,
         most_usd=next((s.cost.worst_usd for s in plan.stages if s.name is stage), None) if plan else None,
@@ -171,10 +184,10 @@ def _mark(name: StageName, stages: Sequence[StageName], current: StageName | Non
         return "done"
     if outcome in (Outcome.FAILED, Outcome.CANCELLED):
         return "failed"
-    return "next" if outcome is Outcome.BLOCKED else "now"
+    return "next" if outcome in (Outcome.BLOCKED, Outcome.YOURS) else "now"
 
 
-def _tell_end(desk: Desk, closed: Closed, run: Wanted | None, hint: str) -> None:
+def _tell_end(desk: Desk, closed: Closed, run: Wanted | None, hint: str, ended: Sequence[Closed]) -> None:
     """The final comment, once, where a pull request brought what ended."""
     plan = _plan(run)
     name = str(closed.summary.get("experiment") or (run.name if run else closed.run_id.rpartition("-")[0]))
@@ -186,7 +199,7 @@ def _tell_end(desk: Desk, closed: Closed, run: Wanted | None, hint: str) -> None
     if ours(desk.github.comments(pull.number), f"result:{key}", desk.github.login):
         return
     people = _people(desk.github, pull)
-    rivals = rivals_of(closed, desk.world.book.read_book().closed)
+    rivals = rivals_of(closed, ended)
     ending = Ending(name, closed, people, hint, desk.endpoint, _manifests(desk, plan), rivals)
     desk.github.final_comment(pull.number, key, result_comment(ending))
 

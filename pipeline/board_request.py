@@ -14,7 +14,6 @@ from pipeline.errors import UserError
 from pipeline.hf_world import open_world
 from pipeline.hub_facts import HubError
 from pipeline.live import curve
-from pipeline.loader import load_experiment
 from pipeline.loss_chart import read_curve
 from pipeline.online import ENDPOINT
 from pipeline.progress import status_line
@@ -24,7 +23,7 @@ from pipeline.repository import Repository
 from pipeline.run_verbs import show_status
 from pipeline.tree import read_tree
 from pipeline.workspace import shown_path
-from pipeline.world import Outcome, Report, Wanted
+from pipeline.world import Outcome, Report, Tree, Wanted
 
 STATES = {
     Outcome.SUBMITTED: State.WAITING,  # it would be: nothing is submitted here
@@ -47,9 +46,9 @@ def request_board(root: Path, branch: str, environment: Mapping[str, str], now: 
     """
     repository = Repository(root)
     # Before the tags: a run that ends meanwhile is then in them, and not nowhere.
-    seen, why = _seen(root, branch, environment, offline)
+    seen, why, tree = _seen(root, branch, environment, offline)
     book = repository.read_book()
-    tree = read_tree(root, repository.head_commit())
+    tree = tree or read_tree(root, repository.head_commit())
     notes = [f"What open runs do now is not known: {why}."] if seen is None else []
     if not repository.is_clean_main(branch):
         notes.append(f"Open runs are those of this checkout, which is not the head of `{branch}`.")
@@ -60,14 +59,21 @@ def request_board(root: Path, branch: str, environment: Mapping[str, str], now: 
     return make_board(book, main, live, place, now, notes)
 
 
-def _seen(root: Path, branch: str, environment: Mapping[str, str], offline: bool) -> tuple[Seen | None, str]:
-    """Each run's line of a tick that changes nothing, with its jobs where one is live; or None, and the reason."""
+def _seen(
+    root: Path, branch: str, environment: Mapping[str, str], offline: bool
+) -> tuple[Seen | None, str, Tree | None]:
+    """Each run's line of a tick that changes nothing, with its jobs where one is live; or None, and the reason.
+
+    The third is main as it was read for it, where it was.
+    """
+    tree = None
     if offline:
-        return None, "`--offline` was given"
+        return None, "`--offline` was given", tree
     if not environment.get("HF_TOKEN", "").strip():
-        return None, "there is no HF_TOKEN to ask with"
+        return None, "there is no HF_TOKEN to ask with", tree
     try:
         world = open_world(root, branch)
+        tree = world.tree
         spaces = {run.run_id: run.namespace for run in world.tree.wanted}
         seen = []
         for report in show_status(world, None):
@@ -76,16 +82,16 @@ def _seen(root: Path, branch: str, environment: Mapping[str, str], offline: bool
             jobs = world.remote.jobs(spaces[report.run_id], labels, live=False) if asked else ()
             seen.append((report, jobs))
     except HubError as error:
-        return None, f"the Hub did not say ({error.detail})"
+        return None, f"the Hub did not say ({error.detail})", tree
     except UserError as error:
-        return None, error.message
-    return seen, ""
+        return None, error.message, tree
+    return seen, "", tree
 
 
 def _on_main(run: Wanted, root: Path, book: Book) -> OnMain:
     """What a file says, and for an open run what its plan costs. A closed run has that in its tag."""
     path = shown_path(run.path, root) if run.path else ""
-    experiment = load_experiment(run.path, path).experiment if run.path else None
+    experiment = run.experiment
     if experiment is None:
         return OnMain(run.run_id, path, Summary(run.name))
     expected, worst = _prices(run) if book.is_open(run.run_id) else (None, None)

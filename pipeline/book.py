@@ -173,7 +173,7 @@ def make_book(tags: Iterable[Tag]) -> Book:
             since = tag.commit
         elif match := _FINISH.fullmatch(tag.name):
             closed.append(_closed_of(tag, match["id"], int(match["number"] or 1)))
-        elif (match := _RETRY.fullmatch(tag.name)) and _is_ours(tag, "retry", match["id"], int(match["number"])):
+        elif (match := _RETRY.fullmatch(tag.name)) and _is_ours(_read(tag.message), "retry", match[1], int(match[2])):
             retries[match["id"]] = retries.get(match["id"], 0) + 1
     return Book(tuple(closed), retries, since, frozenset(taken))
 
@@ -235,7 +235,7 @@ def _closed_of(tag: Tag, run_id: str, number: int) -> Closed:
     training, and its dollars are unknown (counted as none).
     """
     record = _read(tag.message)
-    if _is_ours(tag, "finish", run_id, number):
+    if _is_ours(record, "finish", run_id, number):
         try:
             return Closed(
                 run_id,
@@ -252,9 +252,8 @@ def _closed_of(tag: Tag, run_id: str, number: int) -> Closed:
     return Closed(run_id, number, Verdict.CANCELLED, BY_HAND, EPOCH, 0.0)
 
 
-def _is_ours(tag: Tag, kind: str, run_id: str, number: int) -> bool:
-    """Whether the message is of our making and of this very tag: a copy under another name counts nothing twice."""
-    record = _read(tag.message)
+def _is_ours(record: Mapping[str, Any], kind: str, run_id: str, number: int) -> bool:
+    """Whether a record is of our making and of this very tag: a copy under another name counts nothing twice."""
     known = isinstance(record.get("schema"), int) and record["schema"] >= SCHEMA
     return known and [record.get(key) for key in ("kind", "run_id", "number")] == [kind, run_id, number]
 
@@ -277,6 +276,9 @@ def _line(text: str, characters: int) -> str:
 
 def _visible(text: str) -> str:
     """Without control and direction characters and halves of surrogate pairs; line ends and tabs stay."""
+    # Nearly always, and a look at every character of 10,000 tags takes a second. What is no text is a TypeError.
+    if str.isprintable(text):
+        return text
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
 
 

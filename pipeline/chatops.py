@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.github import GitHub
 from pipeline.hub_facts import HubError
 from pipeline.online import Online
-from pipeline.preflight import proposal_of, refuse_links_out, review, say_plans
+from pipeline.preflight import proposal_of, read_experiments, refuse_links_out, review, say_plans
 from pipeline.pull_request import GitHubError, PullRequest, Reaction
 from pipeline.run_verbs import cancel_run, retry_run
 from pipeline.workflow_run import WorkflowRun
@@ -182,7 +182,8 @@ def _only_experiment(command: Command, place: Place, pull: PullRequest) -> str:
     tree = place.tree if pull.open and place.tree.is_dir() else place.base
     refuse_links_out(tree.resolve())
     changed = place.github.changed_files(pull.number)
-    names = [Path(one.path).stem for one in proposal_of(changed, tree.resolve()).experiments if not one.example]
+    proposal = proposal_of(changed, read_experiments(tree.resolve()))
+    names = [Path(one.path).stem for one in proposal.experiments if not one.example]
     if len(names) != 1:
         many = ", ".join(f"`/{command.verb} {name}`" for name in names) or f"`/{command.verb} NAME`"
         raise UserError("which experiment?", f"one of {many}" if names else many)

@@ -1,10 +1,11 @@
 """Run every rule over experiments. The only place that knows both the files and the rules."""
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from pipeline.dataset import read_dataset
 from pipeline.errors import Finding, InvalidExperiment, Severity
@@ -19,6 +20,12 @@ from pipeline.rules.others import relatives
 from pipeline.settings import Settings
 from pipeline.trl_fields import sft_fields
 from pipeline.workspace import find_experiments, read_facts, shown_path
+
+Watch = Callable[[Sequence[Any], str], Iterable[Any]]
+
+
+def _unwatched(items: Sequence[Any], words: str) -> Iterable[Any]:
+    return items
 
 
 class CheckResult:
@@ -40,21 +47,23 @@ class CheckResult:
         return 2 if self.unreadable else int(self.errors > 0)
 
 
-def check_files(paths: Iterable[Path], root: Path, settings: Settings, online: Online | None = None) -> CheckResult:
-    """Check every file; one bad file never hides another's findings."""
+def check_files(
+    paths: Sequence[Path], root: Path, settings: Settings, online: Online | None = None, watch: Watch = _unwatched
+) -> CheckResult:
+    """Check every file; one bad file never hides another's findings. `watch` is told what goes by."""
     findings: list[Finding] = []
     files: list[ExperimentFile] = []
-    count = 0
-    for path in paths:
-        count += 1
+    for path in watch(paths, "reading"):
         try:
             files.append(load_experiment(path, shown_path(path, root)))
         except InvalidExperiment as error:
             findings += error.findings
-    unreadable = len(files) < count
-    for file, others in zip(files, relatives([file.experiment for file in files]), strict=True):
+    groups = relatives([file.experiment for file in files])
+    # Those of one data file after the other: the rows of few files are held at a time.
+    together = sorted(zip(files, groups, strict=True), key=lambda pair: pair[0].experiment.data.dataset)
+    for file, others in watch(together, "checking"):
         findings += run_rules(file, gather_facts(file.experiment, root, others, online), settings)
-    return CheckResult(findings, unreadable, count)
+    return CheckResult(findings, len(files) < len(paths), len(paths))
 
 
 def run_rules(file: ExperimentFile, facts: Facts, settings: Settings) -> list[Finding]:
@@ -85,17 +94,25 @@ def gather_facts(
     )
 
 
-def preflight(path: Path, root: Path, settings: Settings, hub: HubClient, now: datetime) -> tuple[Finding, ...]:
+def clashes(root: Path, known: Mapping[Path, Experiment]) -> dict[Path, tuple[Experiment, ...]]:
+    """For every experiment of the repository the others it clashes with, by path; `known` are loaded already."""
+    loaded = {path.resolve(): experiment for path, experiment in known.items()}
+    for path in find_experiments(root, []):
+        if path.resolve() not in loaded:
+            with contextlib.suppress(InvalidExperiment):
+                loaded[path.resolve()] = load_experiment(path).experiment
+    groups = zip(loaded.items(), relatives(list(loaded.values())), strict=True)
+    return {path: tuple(one for one in group if one is not mine) for (path, mine), group in groups}
+
+
+def preflight(
+    path: Path, root: Path, settings: Settings, hub: HubClient, now: datetime, others: tuple[Experiment, ...]
+) -> tuple[Finding, ...]:
     """The errors of one experiment of the repository, with what the Hub says now: what stops a launch."""
     try:
         file = load_experiment(path, shown_path(path, root))
     except InvalidExperiment as error:
         return error.findings
-    experiments = [file.experiment]
-    for other in find_experiments(root, []):
-        if other.resolve() != path.resolve():
-            with contextlib.suppress(InvalidExperiment):
-                experiments.append(load_experiment(other).experiment)
     online = Online(Interview(hub), cache_folder())
-    facts = gather_facts(file.experiment, root, relatives(experiments)[0], online, now)
+    facts = gather_facts(file.experiment, root, others, online, now)
     return tuple(finding for finding in run_rules(file, facts, settings) if finding.severity is Severity.ERROR)

@@ -13,8 +13,9 @@ import typer
 
 from pipeline.cli_board import board
 from pipeline.cli_checks import RunFormat, check, fit, plan, planned, print_json, print_markdown, rehearse
+from pipeline.cli_diagnose import diagnose
 from pipeline.cli_github import command, dispatched, doctor, preflight
-from pipeline.cli_runs import cancel, logs, reconcile, retry, run_paid, status
+from pipeline.cli_runs import cancel, logs, reconcile, retry, run_paid, status, submit_adapter
 from pipeline.errors import UserError
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ class Backend(StrEnum):
     """Where `run` runs."""
 
     LOCAL = "local"
+    MLX = "mlx"
     HF_JOBS = "hf_jobs"
 
 
@@ -85,7 +87,9 @@ def _read_issue(path: Path) -> str:
 @app.command()
 def run(
     path: Annotated[Path, typer.Argument(help="An experiment file.", show_default=False, readable=False)],
-    backend: Annotated[Backend, typer.Option(help="This machine, or paid jobs (needs HF_TOKEN).")] = Backend.LOCAL,
+    backend: Annotated[
+        Backend, typer.Option(help="This machine; this machine, training with MLX; or paid jobs (needs HF_TOKEN).")
+    ] = Backend.LOCAL,
     runs_dir: Annotated[
         Path | None, typer.Option(help="Where runs are kept; default: runs/ of this repository.")
     ] = None,
@@ -99,13 +103,14 @@ def run(
     \b
     mergetune run experiments/examples/quickstart.yaml
     mergetune run experiments/coach.yaml --runs-dir /data/runs
+    mergetune run experiments/coach.yaml --backend mlx
     mergetune run experiments/coach.yaml --backend hf_jobs
     """
     from pipeline.local_run import open_run, run_locally
     from pipeline.progress import make_display
     from pipeline.report import render_report
 
-    root, facts, made = planned(path)
+    root, facts, made = planned(path, with_mlx=backend is Backend.MLX, paid=backend is Backend.HF_JOBS)
     if backend is Backend.HF_JOBS:
         run_paid(root, path, made, as_json=format is RunFormat.JSON)
         return
@@ -124,7 +129,10 @@ def run(
 
 app.command()(rehearse)
 app.command()(fit)
-for verb in (reconcile, status, logs, cancel, retry, board, preflight, command, dispatched, doctor):
+for verb in (
+    *(reconcile, status, logs, diagnose, cancel, retry, submit_adapter, board),
+    *(preflight, command, dispatched, doctor),
+):
     app.command()(verb)
 
 

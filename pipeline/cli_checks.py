@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,12 +65,18 @@ def check(
     Exit code: 0 no error, 1 a rule found an error, 2 a file is unreadable or invalid.
     """
     from pipeline.check import check_files
+    from pipeline.progress import watched
     from pipeline.settings import find_root, load_settings
     from pipeline.workspace import find_experiments
 
     root = find_root(_start(paths))
     seen = _online(root, online, endpoint, read_only)
-    result = check_files(find_experiments(root, paths or []), root, load_settings(root), seen)
+    watch = partial(watched, out=sys.stderr)
+    try:
+        result = check_files(find_experiments(root, paths or []), root, load_settings(root), seen, watch)
+    except KeyboardInterrupt:
+        print("stopped; nothing was changed", file=sys.stderr)
+        raise typer.Exit(130) from None
     _print_notes(seen)
     match format:
         case TextFormat.JSON:
@@ -93,6 +100,9 @@ def plan(
     against: Annotated[
         Path | None, typer.Option(help="The file as the previous run had it: shows what changes.", readable=False)
     ] = None,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Trace one step for the exact memory: 10 s, needs the training stack.")
+    ] = False,
     online: OnlineFlag = False,
     endpoint: Endpoint = None,
     read_only: ReadOnly = False,
@@ -101,6 +111,7 @@ def plan(
 
     \b
     mergetune plan experiments/coach.yaml --online
+    mergetune plan experiments/coach.yaml --trace
     mergetune plan experiments/coach.yaml --format markdown --against old/coach.yaml
 
     Exit code: 0 no error, 1 a rule found an error, 2 the file is invalid. `markdown` prints errors in its text.
@@ -109,9 +120,10 @@ def plan(
     from pipeline.plan_preview import plan_as_dict, render_plan
     from pipeline.plan_request import preview_of
     from pipeline.settings import find_root
+    from pipeline.trace import trace_memory
 
     seen = _online(find_root(_start([path])), online, endpoint, read_only)
-    preview = preview_of(path, against, seen)
+    preview = preview_of(path, against, seen, trace_memory if trace else None)
     _print_notes(seen)
     if format is PlanFormat.MARKDOWN:
         print(plan_comment(preview), end="")
@@ -136,12 +148,15 @@ def rehearse(
 
     Exit code: 0 passed, 1 a stage failed, 2 the file is invalid.
     """
+    from dataclasses import replace
+
+    from pipeline.backends.local import find_mlx
     from pipeline.progress import make_display
     from pipeline.rehearse import rehearse as carry_through
 
     root, file, facts = checked(path)
     try:
-        result = carry_through(file, facts, root, make_display(sys.stderr))
+        result = carry_through(file, replace(facts, mlx_here=find_mlx()), root, make_display(sys.stderr))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -176,25 +191,33 @@ def fit(
         print_markdown(render_fit(fits, title))
 
 
-def planned(path: Path) -> tuple[Path, Any, Any]:
-    """The repository root, the facts and the plan of one experiment; rule errors stop here."""
+def planned(path: Path, *, with_mlx: bool, paid: bool) -> tuple[Path, Any, Any]:
+    """The repository root, the facts and the plan of one experiment; rule errors stop here.
+
+    `with_mlx`: trained with MLX, whatever the file says; `paid`: no stage runs on this machine.
+    """
     from pipeline.plan import make_plan
 
-    root, file, facts = checked(path)
+    root, file, facts = checked(path, with_mlx=with_mlx, trains_here=not paid)
     return root, facts, make_plan(file.experiment, facts)
 
 
-def checked(path: Path) -> tuple[Path, Any, Any]:
+def checked(path: Path, *, with_mlx: bool = False, trains_here: bool = False) -> tuple[Path, Any, Any]:
     """The repository root, one loaded experiment and its facts; rule errors stop here, warnings are printed."""
+    from dataclasses import replace
+
+    from pipeline.backends.local import find_mlx
     from pipeline.check import gather_facts, run_rules
     from pipeline.errors import InvalidExperiment, Severity
     from pipeline.loader import load_experiment
+    from pipeline.plan import as_mlx
     from pipeline.settings import find_root, load_settings
     from pipeline.workspace import folder_of, shown_path
 
     root = find_root(folder_of(path))
     file = load_experiment(path, shown_path(path, root))
-    facts = gather_facts(file.experiment, root)
+    file = replace(file, experiment=as_mlx(file.experiment)) if with_mlx else file
+    facts = replace(gather_facts(file.experiment, root), mlx_here=find_mlx() if trains_here else None)
     findings = run_rules(file, facts, load_settings(root))
     errors = tuple(finding for finding in findings if finding.severity is Severity.ERROR)
     if errors:

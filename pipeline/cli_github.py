@@ -22,11 +22,19 @@ Tree = Annotated[Path, typer.Option(help="The proposed tree. It is read, never r
 Base = Annotated[Path, typer.Option(help="The tree to compare with: main's.")]
 
 
-def preflight(tree: Tree = Path("proposed"), base_tree: Base = Path()) -> None:
+def preflight(
+    tree: Tree = Path("proposed"),
+    base_tree: Base = Path(),
+    trace_follows: Annotated[
+        bool, typer.Option("--trace-follows", help="Leave memory that is in question to another call, which can trace.")
+    ] = False,
+) -> None:
     """Check and plan what a pull request changes; comment and annotate it. For the workflow of that name.
 
     \b
     mergetune preflight --tree proposed --base-tree .
+
+    Memory is traced where the training stack is installed.
 
     On a laptop: `mergetune check`, `mergetune plan`. Exit code: 0 no error, 1 an experiment has one, 2 the tree cannot
     be read.
@@ -37,7 +45,7 @@ def preflight(tree: Tree = Path("proposed"), base_tree: Base = Path()) -> None:
     run, github = _workflow()
     with github_answers():
         try:
-            raise typer.Exit(run_preflight(run, github, tree, base_tree, _online()))
+            raise typer.Exit(run_preflight(run, github, tree, base_tree, _online(), trace_follows=trace_follows))
         except UserError as error:
             print(annotations([_finding(error)]))
             run.summarise(error.as_text())

@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 Branch = Annotated[str, typer.Option(help="The branch whose experiments count.")]
 Shape = Annotated[RunFormat, typer.Option("--format", help="How to print the result.")]
 Name = Annotated[str, typer.Argument(help="Name of an experiment, or a run id.", show_default=False)]
-MARKS = {"submitted": "▶", "waiting": "◐", "blocked": "!", "finished": "●", "failed": "✗"}
+MARKS = {"submitted": "▶", "waiting": "◐", "blocked": "!", "yours": "⌂", "finished": "●", "failed": "✗"}
 
 
 def reconcile(
@@ -93,7 +93,7 @@ def logs(
         print(f"{job.stage}, attempt {job.attempt}: {job.state} ({job.url or job.id})", file=sys.stderr)
         namespace = job.repo.split("/")[0]
         if not follow:
-            print(world.remote.log(namespace, job.id))
+            print(world.remote.log(namespace, job.id, whole=True))
             return
         try:
             for line in world.remote.follow(namespace, job.id):
@@ -131,6 +131,41 @@ def retry(
 
     with hub_answers():
         print(retry_run(open_world(_root(), branch), name, by))
+
+
+def submit_adapter(
+    name: Name,
+    folder: Annotated[Path, typer.Argument(help="The adapter: a run's train/artifact.", show_default=False)],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    branch: Branch = "main",
+) -> None:
+    """Hand an adapter that was trained with MLX to the chain: merge, gguf and evaluate go on as jobs.
+
+    \b
+    mergetune submit-adapter coach-v2 runs/coach-v2-1a2b3c4d/train/artifact
+
+    Needs HF_TOKEN. The folder's manifest must be of the very run that main wants; who is interrupted runs it again.
+    """
+    from pipeline.handover import hand_in, offer_adapter
+    from pipeline.hf_world import open_account, open_world
+    from pipeline.this_machine import describe_machine
+
+    with hub_answers("run it again: what is there is not sent twice"):
+        world = open_world(_root(), branch)
+        offer = offer_adapter(world, name, folder)
+        next_tick = "the next tick goes on: `gh workflow run launch.yml`, or here `mergetune reconcile`"
+        if offer.done:
+            print(f"{offer.plan.run_id}: this adapter is in `{offer.repo}` already; {next_tick}")
+            return
+        account = open_account(world.clock)[0].token_facts().user or "unknown"
+        worst = f"the jobs after it cost at most ${offer.plan.worst_usd:.2f}"
+        print(f"{offer.adapter.bytes / 1e6:.1f} MB to `{offer.repo}`, trained by `{account}`; {worst}", file=sys.stderr)
+        if not yes and not sys.stdin.isatty():
+            raise UserError("there is nobody to ask whether to hand it in", "add `--yes`", exit_code=2)
+        if not yes and not typer.confirm("Hand it in?"):
+            raise typer.Exit(1)
+        hand_in(world, offer, account, describe_machine())
+        print(f"{offer.plan.run_id}: the adapter is in `{offer.repo}`; {next_tick}")
 
 
 def run_paid(root: Path, path: Path, plan: Any, *, as_json: bool) -> None:

@@ -102,7 +102,7 @@ def end_run(world: World, run_id: str, stages: set[tuple[str, StageName]], live:
     namespaces = {repo.split("/")[0] for repo, _ in stages}
     for repo, stage in sorted(stages):
         views[stage] = view = close_fence(world.remote, repo, stage_folder(run_id, stage))
-        known |= {job_id for job_id in (view.claim and view.claim.job_id, view.winner and view.winner.job_id) if job_id}
+        known |= view.job_ids
     labels = {"repo": world.label, "run": run_id}
     jobs = {job.id: job for job in live}
     for namespace in sorted(namespaces):
@@ -125,9 +125,8 @@ def look_closely(remote: Remote, plan: Plan, label: str) -> Seen:
     views = {s.name: remote.view(plan.repo(s.name), stage_folder(plan.run_id, s.name)) for s in plan.stages}
     jobs = {job.id: job for job in remote.jobs(namespace, {"repo": label, "run": plan.run_id}, live=False)}
     for view in views.values():
-        named = {view.claim.job_id if view.claim else None, view.winner.job_id if view.winner else None}
-        for job_id in named - {None} - jobs.keys():
-            if job := remote.inspect(namespace, str(job_id)):
+        for job_id in view.job_ids - jobs.keys():
+            if job := remote.inspect(namespace, job_id):
                 jobs[job.id] = job
     live = [job for job in jobs.values() if job.is_live]
     if live:
@@ -141,7 +140,7 @@ def look_closely(remote: Remote, plan: Plan, label: str) -> Seen:
 def _log(remote: Remote, namespace: str, job_id: str) -> str:
     """A job's log. One that the server does not keep any more says nothing, and so nothing is tried again."""
     try:
-        return remote.log(namespace, job_id)
+        return remote.log(namespace, job_id, whole=True)
     except HubError as error:
         if error.access is Access.UNREACHABLE:
             raise

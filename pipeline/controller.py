@@ -18,8 +18,8 @@ from pipeline.errors import UserError
 from pipeline.gather import chosen_runs, live_jobs, live_logs
 from pipeline.hub_facts import Access, HubError
 from pipeline.launch import Elsewhere, Submitted, Unanswered, submit_stage
-from pipeline.plan import Plan, StageName
-from pipeline.reconcile import Finish, GiveUp, Seen, Submit, Wait, decide, so_far_usd
+from pipeline.plan import Plan
+from pipeline.reconcile import Ask, Finish, GiveUp, Seen, Submit, Wait, decide, so_far_usd
 from pipeline.remote import SeenJob
 from pipeline.world import Outcome, Report, Wanted, World
 
@@ -34,14 +34,14 @@ class _Look:
     at: float
 
 
-def tick(world: World, *, dry_run: bool = False) -> list[Report]:
-    """Take the next action about every run.
+def tick(world: World, *, dry_run: bool = False, book: Book | None = None) -> list[Report]:
+    """Take the next action about every run; `book` is what the tags say, where it was read just now.
 
     Raises:
         HubError: a question had no answer; nothing was done.
         UserError: the tags could not be read; nothing was done.
     """
-    book = world.book.read_book()
+    book = book or world.book.read_book()
     if book.since is None:
         return _adopt(world, book, dry_run)
     open_runs = [run for run in world.tree.wanted if book.is_open(run.run_id)]
@@ -146,6 +146,8 @@ def _carry_out(world: World, book: Book, look: _Look, allowance: _Allowance, dry
             live = seen.live(job)
             usd = so_far_usd(job, live, look.at)
             return _report(look, Outcome.WAITING, why, stage=job.stage, job=job.id, live=live, usd=usd)
+        case Ask(stage, why, hint):
+            return _report(look, Outcome.YOURS, f"{stage} {why}", hint, stage=stage)
         case Submit():
             return _submit(world, look, action, allowance, dry_run)
         case GiveUp(stage, why, hint, cancelled):
@@ -169,7 +171,7 @@ def _submit(world: World, look: _Look, action: Submit, allowance: _Allowance, dr
     if refusal := allowance.refusal(look):
         return _report(look, Outcome.BLOCKED, refusal[0], refusal[1], stage=stage)
     what = f"{stage}, attempt {action.attempt} on {action.stage.flavor.name}: {action.why}"
-    if action.stage.name is StageName.TRAIN and (errors := world.preflight(look.plan)):
+    if action.stage.name is look.plan.first_job and (errors := world.preflight(look.plan)):
         return _report(look, Outcome.BLOCKED, errors[0].message, errors[0].hint, stage=stage)
     allowance.take(look)
     if dry_run:

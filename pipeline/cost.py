@@ -70,14 +70,20 @@ def estimate_train_seconds(
 ) -> float:
     """Seconds of training on the GPUs of a flavor, corrected by runs of the same kind."""
     train, parallel = experiment.train, parallel_of(experiment, shape, flavor)
-    per_pass, length = _micro_batches(experiment, data)
-    batches = per_pass * train.epochs if train.max_steps is None else train.max_steps * train.gradient_accumulation
-    batches += _evaluating(experiment, data, per_pass, batches)
+    batches, length = count_batches(experiment, data)
     each = _micro_batch_seconds(train.method, shape, train.batch_size, length, flavor)
     if parallel.gpus > 1:
         each = max(each, _link_seconds(train.method, shape, flavor, parallel)) / (parallel.gpus * SEVERAL)
     ratio = correction(finished, "train", train.method, gpus_of(flavor))
     return batches * each * (ratio or 1.0)
+
+
+def count_batches(experiment: Experiment, data: DatasetFacts) -> tuple[float, float]:
+    """Micro-batches of the whole training, evaluating included, and the tokens each row of them is long."""
+    train = experiment.train
+    per_pass, length = _micro_batches(experiment, data)
+    batches = per_pass * train.epochs if train.max_steps is None else train.max_steps * train.gradient_accumulation
+    return batches + _evaluating(experiment, data, per_pass, batches), length
 
 
 def estimate_cost(

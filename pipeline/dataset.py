@@ -60,6 +60,8 @@ class _Counted:
     counts: dict[int, RowCount]
     counter: Counter
     has_template: bool | None
+    duplicates: Lines
+    uneven: Lines
 
 
 def read_dataset(
@@ -79,7 +81,9 @@ def read_dataset(
         return _source(experiment, paths, base, limits) if paths else None
 
     source = source_of(experiment.data.dataset, fetched.data)
-    facts = _facts(source, train.max_length, train.seed, held_out.fraction if held_out else None) if source else None
+    fraction = held_out.fraction if held_out else None
+    seed = train.seed if fraction is not None else 0  # without a draw the seeds of a sweep see the same rows
+    facts = _facts(source, train.max_length, seed, fraction) if source else None
     eval_source = source_of(held_out.dataset, fetched.held_out) if held_out else None
     eval_facts = _facts(eval_source, train.max_length) if eval_source else None
     if not (facts and source and eval_facts and eval_source):
@@ -109,7 +113,8 @@ def _counted(source: _Source) -> _Counted:
             hint = "change the order or the roles of its turns, or remove the row"
             message = f"the base's chat template refuses this row: {shown(count.fault, 200)}"
             read.add(Problem.TEMPLATE, read.rows[position][0], message, hint)
-    return _Counted(read, counted, counter, known)
+    uneven = Lines.of([line for line, row in read.rows if row.is_chat and not row.alternates()])
+    return _Counted(read, counted, counter, known, read.duplicates(), uneven)
 
 
 def _stride(read: ReadRows, limits: Limits) -> int:
@@ -228,7 +233,6 @@ def _facts(source: _Source, limit: int, seed: int = 0, fraction: float | None = 
     tokens, why = _tokens(counted, chosen, limit)
     issues = [Issues(kind, len(found), tuple(found[:SHOWN])) for kind, found in sorted(read.problems.items())]
     first = read.rows[0][1] if read.rows else None
-    uneven = [line for line, row in read.rows if row.is_chat and not row.alternates()]
     part = len(chosen) / len(read.rows) if read.rows else 1.0
     return DatasetFacts(
         path=source.name,
@@ -237,8 +241,8 @@ def _facts(source: _Source, limit: int, seed: int = 0, fraction: float | None = 
         format=first.format if first else None,
         is_chat=bool(first and first.is_chat),
         issues=tuple(issues),
-        duplicates=read.duplicates(),
-        not_alternating=Lines.of(uneven),
+        duplicates=counted.duplicates,
+        not_alternating=counted.uneven,
         tokens=tokens,
         exact=tokens is not None and not why and not read.problems,
         estimated=why,

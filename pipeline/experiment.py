@@ -3,7 +3,8 @@
 from enum import StrEnum
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticKnownError
 
 from pipeline.errors import excerpt
 from pipeline.fields import (
@@ -22,6 +23,7 @@ from pipeline.fields import (
     StringList,
     Targets,
     fault,
+    required_unless,
 )
 
 # What the converter can write and llama.cpp can run without an importance matrix.
@@ -47,6 +49,8 @@ OWNED_BY_TRAIN = {
     "hub_private_repo": "output.private",
 }
 
+ANY_MAC = "local"  # the flavor of `backend: mlx` where the file names no chip
+
 
 class Method(StrEnum):
     """How the weights are trained."""
@@ -54,6 +58,13 @@ class Method(StrEnum):
     QLORA = "qlora"
     LORA = "lora"
     FULL = "full"
+
+
+class Backend(StrEnum):
+    """What trains: PyTorch in a job on a GPU, or MLX on the Mac of whoever runs it."""
+
+    TORCH = "torch"
+    MLX = "mlx"
 
 
 class LossOn(StrEnum):
@@ -127,12 +138,30 @@ class Lora(Section):
     alpha_pattern: dict[str, PositiveFloat] = Field({}, description="Alpha by module-name pattern.")
 
 
+class Mlx(Section):
+    """What only MLX is told."""
+
+    base: BaseSource | None = Field(
+        None,
+        description="MLX model to train on, say a quantised one: Hub id or `./folder`. Left out: `base.model`.",
+    )
+    revision: Revision | None = Field(None, description="Commit of `train.mlx.base` on the Hub.")
+    num_layers: PositiveInt | None = Field(None, description="Only the last so many layers learn. Left out: all.")
+
+
 class Train(Section):
     """The training stage."""
 
+    model_config = ConfigDict(json_schema_extra=required_unless("backend", Backend.MLX, "flavor", "timeout"))
+
     method: Method = Field(description="`qlora`: 4-bit base; `lora`: bf16 base; `full`: every weight.")
-    flavor: str = Field(description="Hugging Face hardware, such as `a10g-large`.")
-    timeout: Duration = Field(description="Hard stop: `90m`, `4h`. The worst case of the price.")
+    backend: Backend = Field(Backend.TORCH, description="`torch`: a job; `mlx`: your Mac, see docs/mlx.md.")
+    flavor: str = Field(
+        "", validate_default=True, description="Hardware of a job, such as `a10g-large`; of MLX the chip, or nothing."
+    )
+    timeout: Duration | None = Field(
+        None, validate_default=True, description="Hard stop: `90m`, `4h`. The worst case of the price; not with MLX."
+    )
     epochs: PositiveFloat = Field(3.0, description="Passes over the training rows.")
     max_steps: PositiveInt | None = Field(None, description="Stop after this many optimizer steps instead of `epochs`.")
     max_length: Annotated[int, Field(ge=8, le=1_048_576), WHOLE] = Field(2048, description="Tokens kept of a row.")
@@ -148,9 +177,18 @@ class Train(Section):
     )
     save_steps: PositiveInt = Field(50, description="Optimizer steps between checkpoints; a retry loses at most these.")
     lora: Lora | None = Field(None, description="The adapter of `qlora` and `lora`.")
+    mlx: Mlx | None = Field(None, description="What only `backend: mlx` is told.")
     sft: FreeValues = Field({}, description="Any other field of TRL's `SFTConfig`.")
     tracking: Tracking = Field(Tracking.NONE, description="`none`, or `trackio`.")
     script: RepoPath | None = Field(None, description="A custom job script under the same contract.")
+
+    @field_validator("flavor", "timeout")
+    @classmethod
+    def _of_a_job(cls, value: Any, info: ValidationInfo) -> Any:
+        """A job has to say where it runs and when it ends; what trains on somebody's Mac costs nothing."""
+        if not value and info.data.get("backend") is Backend.TORCH:
+            raise PydanticKnownError("missing")
+        return value or (ANY_MAC if info.field_name == "flavor" else None)
 
     @model_validator(mode="after")
     def _one_place_for_each_choice(self) -> Self:
@@ -161,6 +199,8 @@ class Train(Section):
                 raise fault(f"`train.sft.{key}` is decided by `{OWNED_BY_TRAIN[key]}`", hint, f"sft.{key}")
         if self.method is Method.FULL and self.lora is not None:
             raise fault("`method: full` has no adapter", "remove `lora`, or write `method: lora`")
+        if self.mlx is not None and self.backend is Backend.TORCH:
+            raise fault("`mlx` is read by `backend: mlx` alone", "remove `mlx`, or write `backend: mlx`", "mlx")
         return self
 
 
@@ -247,6 +287,8 @@ class Experiment(Section):
         values = self.model_dump(mode="json")
         if self.train.method is not Method.FULL and self.train.lora is None:
             values["train"]["lora"] = Lora().model_dump(mode="json")
+        if self.train.backend is Backend.TORCH:  # says nothing: a request is the same as before there was a choice
+            del values["train"]["backend"], values["train"]["mlx"]
         return values
 
 

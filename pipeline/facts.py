@@ -9,6 +9,7 @@ from pipeline.dataset_facts import DatasetFacts
 from pipeline.experiment import Experiment
 from pipeline.hub_facts import HubFacts
 from pipeline.models import ModelShape
+from pipeline.traced import TracedMemory
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,14 @@ class FinishedRun:
 
 
 @dataclass(frozen=True)
+class MlxHere:
+    """Which versions of MLX the interpreter that runs the job scripts has; None: it has none."""
+
+    mlx: str | None
+    mlx_lm: str | None
+
+
+@dataclass(frozen=True)
 class Facts:
     """Looked-up values; what could not be looked up is absent, never guessed.
 
@@ -43,6 +52,8 @@ class Facts:
     template's text (empty: it has none), `sft_fields` the type word of every field of the pinned TRL's SFTConfig
     (`sft_choices`: the allowed values of some), `scripts` the text of this plan's job scripts by path, `others` the
     other experiments of the same check, `dataset` what its data file holds, `hub` what the Hub said (None: not asked).
+    `mlx_config` is the config.json of `train.mlx.base`, `mlx_here` the MLX of this machine (None: nothing trains here),
+    `traced` the memory of a traced step (None: not traced).
     """
 
     content: Mapping[str, str] = field(default_factory=dict)
@@ -58,3 +69,6 @@ class Facts:
     dataset: DatasetFacts | None = None
     hub: HubFacts | None = None
     finished: tuple[FinishedRun, ...] = ()
+    mlx_config: Mapping[str, Any] | None = None
+    mlx_here: MlxHere | None = None
+    traced: TracedMemory | None = None

@@ -1,6 +1,7 @@
 """Value types of the experiment file: durations, names, repository ids, in-repo paths. No field, no file."""
 
 import re
+from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Annotated, Any
 
@@ -21,6 +22,16 @@ def fault(message: str, hint: str, key: str = "") -> PydanticCustomError:
     """A schema error with its hint, at the dotted `key` below the value. Pydantic formats a message: braces double."""
     context = {"hint": hint, "key": key}
     return PydanticCustomError("mergetune", message.replace("{", "{{").replace("}", "}}"), context)
+
+
+def required_unless(key: str, value: str, *names: str) -> Callable[[dict[str, Any]], None]:
+    """For a section's JSON schema: these fields are required unless `key` has that value."""
+
+    def add(schema: dict[str, Any]) -> None:
+        schema["if"] = {"properties": {key: {"const": value}}, "required": [key]}
+        schema["else"] = {"required": list(names)}
+
+    return add
 
 
 def _duration(value: Any) -> Any:

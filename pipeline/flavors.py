@@ -19,6 +19,7 @@ class Flavor:
     gpu: str | None = None
     gpus: int = 0
     vram_gib: float = 0.0
+    local: bool = False  # the machine of whoever runs it: never a job
 
     @property
     def usd_per_minute(self) -> float:

@@ -5,13 +5,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from pipeline.backends.hf_jobs import HfJobs
 from pipeline.book import Book
-from pipeline.check import preflight
+from pipeline.check import clashes, preflight
 from pipeline.errors import Finding, UserError
+from pipeline.experiment import Experiment
 from pipeline.hub import Hub, open_hub
 from pipeline.hub_token import token_shape
 from pipeline.launch import Order
@@ -122,9 +123,14 @@ def _world(
     def order(plan: Plan, submit: Submit, seen: Seen, attempt: int) -> Order:
         return make_order(root, remote, label, provenance(plan), plan, submit, seen)
 
+    @cache  # asked for at the first submit: a tick that starts no job compares nothing
+    def others() -> dict[Path, tuple[Experiment, ...]]:
+        return clashes(root, {run.path: run.experiment for run in tree.wanted if run.path and run.experiment})
+
     def check(plan: Plan) -> tuple[Finding, ...]:
-        path = next(run.path for run in tree.wanted if run.run_id == plan.run_id)
-        return preflight(path or Path(), root, settings, hub, datetime.fromtimestamp(clock.now(), UTC))
+        path = next(run.path for run in tree.wanted if run.run_id == plan.run_id) or Path()
+        now = datetime.fromtimestamp(clock.now(), UTC)
+        return preflight(path, root, settings, hub, now, others().get(path.resolve(), ()))
 
     stops, idle_s = settings.early_stop, 60 * settings.idle_minutes
     limits = Limits(attempts=settings.attempts, early_stop=stops, idle_s=idle_s)

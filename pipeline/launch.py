@@ -89,12 +89,14 @@ def submit_stage(remote: Remote, clock: Clock, order: Order, limits: Limits) -> 
     Raises:
         HubError: refused (no credit, no right …) or not reachable before anything was started.
     """
-    view = _open_repo(remote, order)  # 1. look
+    if order.stage.flavor.local:
+        raise ValueError(f"{order.stage.name} of {order.plan.run_id} is trained on a Mac: it is never a job")
+    view = open_repo(remote, order)  # 1. look
     for posts in range(_posts(view, order) + 1, limits.posts + 1):
-        if taken := _taken(view, order, clock.now(), limits):
+        if taken := taken_by_another(view, order, clock.now(), limits):
             return taken
         claim = Claim(order.attempt, clock.now(), order.by, posts)
-        revision = _claim(remote, clock, order, view, claim, limits)  # 2. claim
+        revision = claim_stage(remote, clock, order, view, claim, limits)  # 2. claim
         if isinstance(revision, Elsewhere):
             return revision
         try:
@@ -155,7 +157,7 @@ def cancel_jobs(remote: Remote, clock: Clock, namespace: str, labels: Mapping[st
     raise HubError(Access.REFUSED, f"{len(live)} jobs were asked to stop and still run: {', '.join(sorted(live))}")
 
 
-def _open_repo(remote: Remote, order: Order) -> StageView:
+def open_repo(remote: Remote, order: Order) -> StageView:
     view = remote.view(order.repo, order.folder)
     if view.head is not None:
         return view
@@ -166,7 +168,7 @@ def _open_repo(remote: Remote, order: Order) -> StageView:
     return view
 
 
-def _taken(view: StageView, order: Order, now: float, limits: Limits) -> Elsewhere | None:
+def taken_by_another(view: StageView, order: Order, now: float, limits: Limits) -> Elsewhere | None:
     """Why this attempt is not ours to submit: the world may have moved since the decision."""
     claim = view.claim
     if view.manifest and view.manifest.get("run_id") == order.plan.run_id:
@@ -187,7 +189,7 @@ def _posts(view: StageView, order: Order) -> int:
     return view.claim.posts if view.claim and same else 0
 
 
-def _claim(
+def claim_stage(
     remote: Remote, clock: Clock, order: Order, view: StageView, claim: Claim, limits: Limits
 ) -> str | Elsewhere:
     """Commit the claim; returns the commit that the job mounts."""
@@ -206,7 +208,7 @@ def _claim(
         view = remote.view(order.repo, order.folder)
         if view.claim and (view.claim.by, view.claim.posts) == (order.by, claim.posts) and view.head:
             return view.head
-        if taken := _taken(view, order, clock.now(), limits):
+        if taken := taken_by_another(view, order, clock.now(), limits):
             return taken
     return Elsewhere(f"the head of `{order.repo}` keeps moving")
 

@@ -153,8 +153,8 @@ def _mapping_hint(keys: Keys, value: Any) -> str:
     if first is None:
         return f"write `{keys[-1]}: {{}}` for the defaults, or its keys: {', '.join(section.model_fields)}"
     given = excerpt(value) if isinstance(value, str) else EXAMPLES.get(f"{_dotted(keys)}.{first}", "…")
-    needed = [name for name, field in section.model_fields.items() if field.is_required()]
-    written = EXAMPLES[_dotted(keys)] if len(needed) > 1 else f"{{{first}: {given}}}"
+    example = EXAMPLES.get(_dotted(keys), "")
+    written = example if ", " in example else f"{{{first}: {given}}}"
     return f"write `{keys[-1]}: {written}`"
 
 

@@ -145,6 +145,26 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape | None:
     )
 
 
+def config_of(shape: ModelShape) -> dict[str, Any]:
+    """A `config.json` of this shape, as far as sizes go: of a base that is known from the catalogue alone."""
+    seen = shape.other_linear > 0
+    text: dict[str, Any] = {
+        "model_type": "gemma3_text" if shape.model_type == "gemma3" else shape.model_type,
+        "num_hidden_layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_attention_heads": shape.head_count,
+        "num_key_value_heads": shape.key_value * shape.head_count // shape.query,
+        "head_dim": shape.query // shape.head_count,
+        "vocab_size": shape.vocab,
+        "tie_word_embeddings": shape.tied,
+        "sliding_window": shape.window or None,
+    }
+    if not seen:
+        return text
+    return {"model_type": shape.model_type, "text_config": text, "vision_config": dict(_SIGLIP_CONFIG)}
+
+
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
@@ -172,7 +192,11 @@ def _vision_linear(vision: Any) -> int:
     return _count(vision, "num_hidden_layers") * (4 * h * h + 2 * h * i)
 
 
-_SIGLIP = 27 * (4 * 1152 * 1152 + 2 * 1152 * 4304)
+# Gemma 3's vision tower, the same in every size.
+_SIGLIP_CONFIG = {"model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304}
+_SIGLIP_CONFIG |= {"num_hidden_layers": 27, "num_attention_heads": 16, "image_size": 896, "patch_size": 14}
+_SIGLIP_CONFIG |= {"vision_use_head": False}
+_SIGLIP = _vision_linear(_SIGLIP_CONFIG)
 _S = ModelShape
 # Well-known bases, so that `plan` answers offline. Each from the config.json its repository publishes.
 CATALOGUE = {

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from pipeline.apple import CHIPS, MACS
 from pipeline.cost import (
     CostEstimate,
     correction,
@@ -17,12 +18,16 @@ from pipeline.cost import (
     stage_seconds,
 )
 from pipeline.errors import UserError
-from pipeline.experiment import Evaluate, Experiment, Gguf, Merge, Method, Train, nearest
+from pipeline.experiment import ANY_MAC, Backend, Evaluate, Experiment, Gguf, Merge, Method, Train, nearest
 from pipeline.facts import Facts
 from pipeline.fields import is_path
 from pipeline.flavors import FLAVORS, Flavor
+from pipeline.mac import BAND as MAC_BAND
+from pipeline.mac import estimate_mac_memory, estimate_mac_seconds, mlx_bits
 from pipeline.memory import MemoryEstimate
+from pipeline.models import ModelShape
 from pipeline.parallel import ALONE, Parallel, estimate_memory, parallel_of
+from pipeline.traced import TracedMemory
 
 # What a section of the file says that decides the result. Flavor, timeout, budget and names do not.
 NOT_IN_FINGERPRINT = {"flavor", "timeout", "tracking", "save_steps"}
@@ -43,11 +48,16 @@ SCRIPTS = {
     StageName.GGUF: "scripts/convert_gguf.py",
     StageName.EVALUATE: "scripts/evaluate.py",
 }
+MLX_SCRIPT = "scripts/train_mlx.py"
+WEEK_S = 7 * 86400  # the longest timeout there is; nothing ends a training on somebody's Mac
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of a plan: a job script on a flavor, bounded by a timeout in seconds."""
+    """One step of a plan: a job script on a flavor, bounded by a timeout in seconds.
+
+    `memory` is the closed form, `traced` what a trace found where one was made: that one decides.
+    """
 
     name: StageName
     script: str
@@ -56,6 +66,7 @@ class Stage:
     cost: CostEstimate
     memory: MemoryEstimate | None = None
     parallel: Parallel = ALONE
+    traced: TracedMemory | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,7 @@ class Plan:
     fingerprint: str
     experiment: Experiment
     stages: tuple[Stage, ...]
+    shape: ModelShape | None = None  # of the base, when it is known
 
     def needs(self, stage: StageName) -> StageName | None:
         """The stage whose artifact `stage` reads, None when it starts from the base alone."""
@@ -103,6 +115,11 @@ class Plan:
         return tuple(dict.fromkeys(self.repo(stage.name) for stage in self.stages))
 
     @property
+    def first_job(self) -> StageName | None:
+        """The first stage that costs money: before it, the plan must have been reviewed."""
+        return next((stage.name for stage in self.stages if not stage.flavor.local), None)
+
+    @property
     def worst_usd(self) -> float:
         """Every stage running into its timeout."""
         return sum(stage.cost.worst_usd for stage in self.stages)
@@ -125,7 +142,8 @@ def make_fingerprint(experiment: Experiment, facts: Facts) -> str:
     for section in ("train", "gguf"):
         if section in kept:
             kept[section] = {k: v for k, v in kept[section].items() if k not in NOT_IN_FINGERPRINT}
-    deciding = (experiment.base.model, experiment.data.dataset, experiment.train.script, _eval_path(experiment))
+    deciding = [experiment.base.model, experiment.data.dataset, experiment.train.script, _eval_path(experiment)]
+    deciding.append(mlx_base(experiment))
     content = {path: facts.content[path] for path in deciding if path is not None and path in facts.content}
     canonical = json.dumps([kept, content], sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
@@ -155,7 +173,7 @@ def make_plan(experiment: Experiment, facts: Facts) -> Plan:
         seconds = seconds * ratio if seconds and ratio else seconds
         cost = estimate_cost(seconds, section.timeout, flavor, corrected=ratio is not None)
         stages.append(Stage(name, SCRIPTS[name], flavor, section.timeout, cost))
-    return Plan(run_id, fingerprint, experiment, tuple(stages))
+    return Plan(run_id, fingerprint, experiment, tuple(stages), facts.shape)
 
 
 def flavor_named(name: str, section: str) -> Flavor:
@@ -173,12 +191,26 @@ def flavor_named(name: str, section: str) -> Flavor:
 
 def in_repo_paths(experiment: Experiment) -> tuple[str, ...]:
     """Every path of this repository that the experiment names, in file order, each once."""
-    sources = [experiment.base.model, experiment.data.dataset]
-    paths = [source for source in sources if is_path(source)]
+    sources = [experiment.base.model, experiment.data.dataset, mlx_base(experiment)]
+    paths = [source for source in sources if source and is_path(source)]
     paths += [path for path in (_eval_path(experiment), experiment.train.script) if path]
     if experiment.evaluate and experiment.evaluate.prompts:
         paths.append(experiment.evaluate.prompts)
     return tuple(dict.fromkeys(paths))
+
+
+def mlx_base(experiment: Experiment) -> str | None:
+    """The model that MLX trains on, where it is not `base.model` itself."""
+    return experiment.train.mlx.base if experiment.train.mlx else None
+
+
+def as_mlx(experiment: Experiment) -> Experiment:
+    """The same experiment trained by MLX on this machine: another run, with the same other choices."""
+    if experiment.train.backend is Backend.MLX:
+        return experiment
+    values = experiment.model_dump(mode="json", exclude_unset=True)
+    kept = {key: value for key, value in values["train"].items() if key not in ("flavor", "timeout")}
+    return Experiment.model_validate({**values, "train": {**kept, "backend": Backend.MLX.value}})
 
 
 def _eval_path(experiment: Experiment) -> str | None:
@@ -188,6 +220,9 @@ def _eval_path(experiment: Experiment) -> str | None:
 
 def _train_stage(experiment: Experiment, facts: Facts) -> Stage:
     train: Train = experiment.train
+    if train.backend is Backend.MLX:
+        return _mac_stage(experiment, facts)
+    assert train.timeout is not None  # the schema asks for it
     flavor = flavor_named(train.flavor, "train")
     seconds = None
     if facts.shape and facts.dataset:
@@ -198,7 +233,19 @@ def _train_stage(experiment: Experiment, facts: Facts) -> Stage:
     parallel = parallel_of(experiment, facts.shape)
     cost = estimate_cost(seconds, train.timeout, flavor, setup_s, known, parallel)
     script = train.script or SCRIPTS[StageName.TRAIN]
-    return Stage(StageName.TRAIN, script, flavor, train.timeout, cost, memory, parallel)
+    return Stage(StageName.TRAIN, script, flavor, train.timeout, cost, memory, parallel, facts.traced)
+
+
+def _mac_stage(experiment: Experiment, facts: Facts) -> Stage:
+    """Training on a Mac: how long is known where the file names its chip, and it costs nothing."""
+    flavor = MACS.get(experiment.train.flavor, MACS[ANY_MAC])
+    chip, bits, shape = CHIPS.get(flavor.name), mlx_bits(experiment, facts.mlx_config), facts.shape
+    seconds = None
+    if chip and shape and facts.dataset:
+        seconds = estimate_mac_seconds(experiment, shape, facts.dataset, chip, bits)
+    cost = CostEstimate(seconds, WEEK_S, 0.0, 0.0, MAC_BAND, seconds)
+    memory = estimate_mac_memory(experiment, shape, bits) if shape and bits else None
+    return Stage(StageName.TRAIN, experiment.train.script or MLX_SCRIPT, flavor, WEEK_S, cost, memory)
 
 
 def _after_training(experiment: Experiment) -> list[tuple[StageName, Merge | Gguf | Evaluate]]:

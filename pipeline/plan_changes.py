@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pipeline.experiment import Experiment
 from pipeline.fields import is_path
-from pipeline.plan import NOT_IN_FINGERPRINT, Plan
+from pipeline.plan import NOT_IN_FINGERPRINT, Plan, mlx_base
 from pipeline.progress import duration
 
 Keys = tuple[str, ...]
@@ -193,7 +193,7 @@ def _has_inner(keys: Keys, *versions: Mapping[Keys, Any]) -> bool:
 def _deciding_paths(experiment: Experiment) -> list[str]:
     """Paths of this repository that enter the fingerprint by content."""
     held_out = experiment.data.eval.dataset if experiment.data.eval else None
-    sources = (experiment.base.model, experiment.data.dataset, held_out)
+    sources = (experiment.base.model, experiment.data.dataset, held_out, mlx_base(experiment))
     paths = [source for source in sources if source is not None and is_path(source)]
     return [*paths, *([experiment.train.script] if experiment.train.script else [])]
 

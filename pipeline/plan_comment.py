@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+from pipeline.hypothesis import read_claims
+from pipeline.mac_words import mac_section
 from pipeline.markdown import code, details, money, plural, quote
-from pipeline.plan import Plan
+from pipeline.plan import Plan, Stage
 from pipeline.plan_changes import plan_hash
 from pipeline.plan_details import estimate_basis, flavors_that_fit, memory_parts, settings_written
 from pipeline.plan_preview import Preview, Verdict, span_of, verdict_of
@@ -29,10 +31,15 @@ def plan_comment(preview: Preview, limit: int = LIMIT) -> str:
 
 
 def marker(preview: Preview) -> str:
-    """The hidden first line by which a later tick finds its own comment, and what was reviewed in it."""
+    """The hidden first line by which a later tick finds its own comment, and what was reviewed in it.
+
+    `memory=traced`: a trace has shown that the training fits. A tick cannot trace, and takes it from here.
+    """
     fingerprint = preview.plan.fingerprint if preview.plan else "none"
     approved = plan_hash(preview.plan) if preview.plan else "none"
-    return f"<!-- mergetune:plan:{preview.name} fingerprint={fingerprint} plan={approved} -->"
+    train = preview.plan.stages[0] if preview.plan else None
+    fits = " memory=traced" if train and train.traced and train.traced.fits(train.flavor) else ""
+    return f"<!-- mergetune:plan:{preview.name} fingerprint={fingerprint}{fits} plan={approved} -->"
 
 
 def _opening(preview: Preview) -> list[str]:
@@ -41,7 +48,14 @@ def _opening(preview: Preview) -> list[str]:
     if preview.experiment is None or preview.plan is None:
         hypothesis = quote(preview.experiment.hypothesis) if preview.experiment else ""
         return [heading, f"{_counted(preview).capitalize()}; no plan can be made of {code(preview.path)}.", hypothesis]
-    return [heading, _verdict_line(preview, preview.plan), quote(preview.experiment.hypothesis), _what(preview.plan)]
+    said = preview.experiment.hypothesis
+    return [heading, _verdict_line(preview, preview.plan), quote(said), _held_to(said), _what(preview.plan)]
+
+
+def _held_to(hypothesis: str) -> str:
+    """How the results will read it: a reviewer can still have it said more clearly."""
+    claims = ", ".join(f"**{claim}**" for claim in read_claims(hypothesis))
+    return f"The results will hold it to {claims}." if claims else ""
 
 
 def _decision(preview: Preview) -> tuple[bool | None, str]:
@@ -60,6 +74,10 @@ def _decision(preview: Preview) -> tuple[bool | None, str]:
             return False, f"{name} cannot run: {plural(len(preview.errors), 'error')}"
         case Verdict.MAY_NOT_FIT:
             return None, f"{name} may not fit {flavor}"
+        case Verdict.LOCAL:
+            words = f"{name} trains on a Mac with MLX"
+            known = span_of(preview.plan.stages) is not None
+            return True if known else None, words if known else f"{words}; how long depends on its chip"
         case Verdict.UNKNOWN:
             return None, f"{name}: whether it fits {flavor} cannot be known"
         case Verdict.FITS | Verdict.NO_GPU as known:
@@ -78,12 +96,16 @@ def _verdict_line(preview: Preview, plan: Plan) -> str:
         f"**Time** {_time_words(span.expected, span.low, span.high)}" if span else _time_unknown(plan),
     ]
     if train.flavor.gpu is not None:
-        memory = train.memory
-        need = (
-            "cannot be known" if memory is None else f"{memory.total:.1f} GiB ({memory.low:.1f} to {memory.high:.1f})"
-        )
-        parts.append(f"**Memory** {need} of {train.flavor.vram_gib:g} GiB")
+        parts.append(f"**Memory** {_memory_words(train)} of {train.flavor.vram_gib:g} GiB")
     return " · ".join([*parts, _counted(preview)])
+
+
+def _memory_words(train: Stage) -> str:
+    memory = train.memory
+    if train.traced is not None:
+        beside = f" (closed form {memory.total:.1f})" if memory else ""
+        return f"{train.traced.total:.1f} GiB, traced{beside}"
+    return "cannot be known" if memory is None else f"{memory.total:.1f} GiB ({memory.low:.1f} to {memory.high:.1f})"
 
 
 def _time_words(expected: float, low: float, high: float) -> str:
@@ -91,6 +113,8 @@ def _time_words(expected: float, low: float, high: float) -> str:
 
 
 def _time_unknown(plan: Plan) -> str:
+    if plan.stages[0].flavor.local:
+        return "**Time** depends on the chip"
     return f"**Time** cannot be known, at most {duration(sum(stage.timeout_s for stage in plan.stages))}"
 
 
@@ -115,6 +139,7 @@ def _what(plan: Plan) -> str:
 def _sections(preview: Preview) -> list[Section]:
     return [
         Section("stages", stages_section(preview)),
+        Section("training with MLX", mac_section(preview.plan, preview.facts, preview.path) if preview.plan else ""),
         Section("data", data_section(preview)),
         Section("findings", findings_section(preview)),
         Section("changes", changes_section(preview)),

@@ -11,8 +11,9 @@ from pipeline.memory import spec_of
 from pipeline.models import ModelShape
 from pipeline.plan import Plan
 from pipeline.plan_changes import decides, flat, shown
-from pipeline.plan_preview import Preview, gpus_line
+from pipeline.plan_preview import Preview, gpus_line, traced_line
 from pipeline.progress import duration
+from pipeline.traced import TracedMemory
 
 FITS = {True: "fits", None: "may not fit"}
 SETTING = 300  # characters of one value
@@ -21,8 +22,10 @@ SETTING = 300  # characters of one value
 def memory_parts(preview: Preview) -> str:
     """What the GiB on the GPU are made of."""
     train = preview.plan.stages[0] if preview.plan else None
-    if train is None or train.memory is None or train.flavor.gpu is None:
+    if train is None or train.flavor.gpu is None:
         return ""
+    if train.memory is None:
+        return traced_line(train)
     memory = train.memory
     parts = [
         ("weights of the base", memory.weights),
@@ -36,7 +39,18 @@ def memory_parts(preview: Preview) -> str:
     rows = [(name, f"{gib:.2f}") for name, gib in parts]
     rows.append((f"**needed** (±{memory.band:.0%}: {memory.low:.1f} to {memory.high:.1f})", f"**{memory.total:.2f}**"))
     rows.append((f"`{train.flavor.name}` has", f"{train.flavor.vram_gib:g}"))
-    return table(("part", "GiB"), rows, "lr")
+    if train.traced is None:
+        return table(("part", "GiB"), rows, "lr")
+    beside = [*_traced_parts(train.traced), f"**{train.traced.total:.2f}**", f"{train.flavor.vram_gib:g}"]
+    both = [(*row, found) for row, found in zip(rows, beside, strict=True)]
+    return table(("part", "closed form, GiB", "traced, GiB"), both, "lrr") + f"\n\n{traced_line(train)}"
+
+
+def _traced_parts(traced: TracedMemory) -> list[str]:
+    """The traced bytes in the rows of the closed form. Scratch is part of its activations, but in the output head."""
+    activations = traced.activations + traced.scratch
+    parts = (traced.weights, traced.adapter, traced.optimizer, activations, traced.head)
+    return [f"{gib:.2f}" for gib in (*parts, traced.allocated * traced.fragmentation, traced.context)]
 
 
 def flavors_that_fit(preview: Preview) -> str:
@@ -73,12 +87,16 @@ def estimate_basis(preview: Preview) -> str:
     if train.flavor.gpu is not None:
         base = code(plan.experiment.base.model)
         known = f"from the shape of {base}, ±{train.memory.band:.0%}" if train.memory else f"no config.json of {base}"
+        if train.traced is not None:
+            known = f"one step of the pinned libraries on tensors without data, from the config of {base}"
         lines.append(f"- **Memory**: {known}; not measured.")
     if shared := gpus_line(plan):
         lines.append(f"- **GPUs**: {shared}")
     lines.append(f"- **Tokens**: {_token_basis(preview)}.")
+    # On a Mac the training's own section says how wide its band is, and why.
+    band = (plan.stages[-1] if train.flavor.local else train).cost.band
     lines.append(
-        f"- **Time**: arithmetic of the model over the speed of the flavor, ±{train.cost.band:.0%}, with "
+        f"- **Time**: arithmetic of the model over the speed of the flavor, ±{band:.0%}, with "
         f"{duration(CONTAINER_START_S)} for each stage to start."
     )
     lines.append(f"- **Cost**: prices of {AS_OF}, whole minutes; at most means that every stage runs into its timeout.")

@@ -10,6 +10,7 @@ from pipeline.errors import Finding, InvalidExperiment, Severity
 from pipeline.experiment import Experiment
 from pipeline.facts import Facts
 from pipeline.flavors import AS_OF
+from pipeline.mac_words import mac_lines
 from pipeline.markdown import code, defang, money, percent, plural, quote, table
 from pipeline.parallel import Sharing
 from pipeline.plan import Plan, Stage
@@ -25,6 +26,7 @@ class Verdict(StrEnum):
     MAY_NOT_FIT = "may not fit"
     UNKNOWN = "cannot be known"
     NO_GPU = "needs no GPU"
+    LOCAL = "trains on a Mac"
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,12 @@ class Span:
 
 def verdict_of(train: Stage) -> Verdict:
     """Whether training fits the GPU of its flavor."""
+    if train.flavor.local:
+        return Verdict.LOCAL
     if train.flavor.gpu is None:
         return Verdict.NO_GPU
+    if train.traced is not None:
+        return Verdict.FITS if train.traced.fits(train.flavor) else Verdict.DOES_NOT_FIT
     if train.memory is None:
         return Verdict.UNKNOWN
     return {True: Verdict.FITS, False: Verdict.DOES_NOT_FIT, None: Verdict.MAY_NOT_FIT}[train.memory.fits(train.flavor)]
@@ -118,6 +124,8 @@ def render_plan(preview: Preview) -> str:
         _data_line(preview.facts.dataset),
         _memory_line(train),
         gpus_line(plan),
+        "\n".join(f"- {words}" for words in mac_lines(plan, preview.facts)),
+        traced_line(train),
         _changes_line(preview.changes),
     ]
     memory_band = f"memory ±{train.memory.band:.0%}, " if train.memory else ""
@@ -139,10 +147,28 @@ def gpus_line(plan: Plan) -> str:
     )
 
 
+def traced_line(train: Stage) -> str:
+    """What a trace found beside the closed form, and whether the device has it; empty where nothing was traced."""
+    traced, memory, flavor = train.traced, train.memory, train.flavor
+    if traced is None or flavor.gpu is None:
+        return ""
+    beside = f" (closed form {memory.allocated:.1f})" if memory else ""
+    verdict = "fits" if traced.fits(flavor) else "does not fit"
+    return (
+        f"Traced: {traced.allocated:.1f} GiB allocated{beside}, {traced.total:.1f} of the {flavor.vram_gib:g} GiB of "
+        f"`{flavor.name}` with fragmentation and CUDA: {verdict}. The peak: {code(traced.phase)}."
+    )
+
+
 def stage_table(stages: Sequence[Stage]) -> str:
     """One row a stage: where, how long, what it costs."""
     head = ("stage", "flavor", "expected", "timeout", "expected cost", "at most")
     return table(head, [_stage_row(stage) for stage in stages], "llrrrr")
+
+
+def timeout_words(stage: Stage) -> str:
+    """When it is stopped."""
+    return "none" if stage.flavor.local else duration(stage.timeout_s)
 
 
 def expected_time(stage: Stage) -> str:
@@ -207,25 +233,31 @@ def _stage_as_dict(stage: Stage) -> dict[str, Any]:
         "name": stage.name,
         "script": stage.script,
         "flavor": stage.flavor.name,
-        "timeout_s": stage.timeout_s,
+        "timeout_s": None if stage.flavor.local else stage.timeout_s,
         "expected_s": stage.cost.expected_s,
         "expected_usd": stage.cost.expected_usd,
         "worst_usd": stage.cost.worst_usd,
         "memory_gib": stage.memory and round(stage.memory.total, 2),
         "memory_band": stage.memory and stage.memory.band,
         **({"gpus": stage.parallel.gpus, "sharing": stage.parallel.sharing} if stage.parallel.gpus > 1 else {}),
+        "traced": stage.traced and stage.traced.as_dict(),
     }
 
 
 def _stage_row(stage: Stage) -> tuple[str, ...]:
     costs = expected_cost(stage), money(stage.cost.worst_usd)
-    return (str(stage.name), f"`{stage.flavor.name}`", expected_time(stage), duration(stage.timeout_s), *costs)
+    return (str(stage.name), f"`{stage.flavor.name}`", expected_time(stage), timeout_words(stage), *costs)
 
 
 def _fit_words(train: Stage) -> str:
     flavor, memory = train.flavor, train.memory
+    if flavor.local:
+        return "Trains on a Mac with MLX."
     if flavor.gpu is None:
         return f"Trains on `{flavor.name}`, without a GPU."
+    if train.traced is not None:
+        verdict, total = verdict_of(train).capitalize(), train.traced.total
+        return f"**{verdict}** `{flavor.name}`: {total:.1f} of {flavor.vram_gib:g} GiB, traced."
     if memory is None:
         return f"Memory on `{flavor.name}` is not known: no config.json of this base at hand."
     room = f"{memory.total:.1f} of {flavor.vram_gib:g} GiB{train.parallel.words}"

@@ -1,6 +1,7 @@
 """What `mergetune plan` is asked: an experiment file, and the version to compare it with. Prints nothing."""
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,14 +15,19 @@ from pipeline.plan import Plan, make_plan
 from pipeline.plan_changes import Changes, Version, compare
 from pipeline.plan_preview import Preview
 from pipeline.settings import find_root, load_settings
+from pipeline.traced import TracedMemory
 from pipeline.workspace import folder_of, shown_path
 
+Tracer = Callable[[Experiment, Facts], TracedMemory | None]
 
-def preview_of(path: Path, against: Path | None = None, online: Online | None = None) -> Preview:
+
+def preview_of(
+    path: Path, against: Path | None = None, online: Online | None = None, trace: Tracer | None = None
+) -> Preview:
     """Everything to be seen of one experiment; faults of its file are findings of the preview.
 
     Raises:
-        UserError: outside a repository, or `against` is not there.
+        UserError: outside a repository, `against` is not there, or what `trace` raises.
     """
     root = find_root(folder_of(path))
     shown = shown_path(path, root)
@@ -32,6 +38,8 @@ def preview_of(path: Path, against: Path | None = None, online: Online | None = 
     except InvalidExperiment as error:
         return Preview(_name(path), shown, findings=error.findings)
     facts = gather_facts(file.experiment, root, online=online)
+    if trace is not None:
+        facts = replace(facts, traced=trace(file.experiment, facts))
     findings = tuple(run_rules(file, facts, load_settings(root)))
     plan, fault = _plan(file.experiment, facts)
     if plan is None and not any(finding.severity == "error" for finding in findings):

@@ -10,7 +10,7 @@ from pipeline.facts import Facts
 from pipeline.markdown import code, details, fence, money, percent, plural, prose, table
 from pipeline.plan import Stage, StageName
 from pipeline.plan_changes import Changes, EstimateChange, FieldChange
-from pipeline.plan_preview import Preview, expected_cost, expected_time, held_out_rows, span_of
+from pipeline.plan_preview import Preview, expected_cost, expected_time, held_out_rows, span_of, timeout_words
 from pipeline.progress import duration
 
 FINDINGS, FIELDS, VALUE = 25, 40, 120  # shown of each; characters of one value
@@ -34,7 +34,7 @@ def stages_section(preview: Preview) -> str:
         span = span_of(stages)
         whole = f"~{duration(span.expected)}" if span else "not known"
         cost = "not known" if plan.expected_usd is None else money(plan.expected_usd)
-        timeout = duration(sum(stage.timeout_s for stage in stages))
+        timeout = duration(sum(stage.timeout_s for stage in stages if not stage.flavor.local))
         rows.append(("**all**", "", "", f"**{whole}**", timeout, f"**{cost}**", f"**{money(plan.worst_usd)}**"))
     head = ("stage", "flavor", "memory", "expected time", "timeout", "expected cost", "at most")
     if shows_memory:
@@ -130,7 +130,7 @@ def _approved(preview: Preview) -> list[str]:
 
 
 def _stage_row(stage: Stage) -> tuple[str, ...]:
-    times = expected_time(stage), duration(stage.timeout_s)
+    times = expected_time(stage), timeout_words(stage)
     return (
         str(stage.name),
         f"`{stage.flavor.name}`",
@@ -142,9 +142,10 @@ def _stage_row(stage: Stage) -> tuple[str, ...]:
 
 
 def _memory(stage: Stage) -> str:
-    if stage.memory is None or stage.flavor.gpu is None:
+    found = stage.traced or stage.memory
+    if found is None or stage.flavor.gpu is None:
         return ""
-    return f"{stage.memory.total:.1f} of {stage.flavor.vram_gib:g} GiB{stage.parallel.words}"
+    return f"{found.total:.1f} of {stage.flavor.vram_gib:g} GiB{stage.parallel.words}"
 
 
 def _not_counted(facts: Facts) -> str:

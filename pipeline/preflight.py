@@ -8,11 +8,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 
-from pipeline.check import check_files
 from pipeline.comments import findings_text, left_comment, tick_boxes
 from pipeline.errors import Finding, Place, Severity, UserError
+from pipeline.experiment import Experiment
+from pipeline.facts import Facts
 from pipeline.github import GitHub
 from pipeline.loader import load_experiment
 from pipeline.online import Online
@@ -29,7 +31,10 @@ from pipeline.pull_request import (
     annotations,
     read_pull,
 )
+from pipeline.rules import ALL_RULES, Subject
+from pipeline.rules.others import relatives
 from pipeline.settings import find_root, load_settings
+from pipeline.trace import MEMORY_RULE, can_trace, trace_where_possible
 from pipeline.tree import EXAMPLES
 from pipeline.workflow_run import WorkflowRun
 from pipeline.workspace import find_experiments, shown_path
@@ -75,21 +80,41 @@ class Reviewed:
         return not any(preview.errors for _, preview in self.previews)
 
     @property
+    def waits_for_a_trace(self) -> bool:
+        """Whether memory by the closed form is all that stands in the way, or is not sure to be enough."""
+        rules = {finding.rule for _, preview in self.previews for finding in preview.errors}
+        return rules <= {MEMORY_RULE} and any(finding.rule == MEMORY_RULE for finding in self.findings)
+
+    @property
     def launched(self) -> list[Preview]:
         """The previews of those that a merge launches."""
         return [preview for proposed, preview in self.previews if not proposed.example]
 
 
-def run_preflight(run: WorkflowRun, github: GitHub, tree: Path, base: Path, online: Online | None = None) -> int:
-    """Check, plan and say so; the exit code.
+def run_preflight(
+    run: WorkflowRun,
+    github: GitHub,
+    tree: Path,
+    base: Path,
+    online: Online | None = None,
+    *,
+    trace_follows: bool = False,
+) -> int:
+    """Check, plan and say so; the exit code. Memory is traced where the training stack is installed.
+
+    `trace_follows`: it is not, and where only memory is in question another call will trace it and say everything.
 
     Raises:
         UserError: the tree cannot be read, or changes too much at once.
         GitHubError: what is changed cannot be known.
     """
+    run.set_output("trace", False)
     run.set_output("rehearse", [])  # whatever happens below: nothing of a bad proposal is rehearsed
     pull = read_pull(run.event["pull_request"]) if "pull_request" in run.event else None
     reviewed = review(changes_of(run, github, pull), tree, base, online)
+    if trace_follows and not can_trace() and reviewed.waits_for_a_trace:
+        run.set_output("trace", True)
+        return 0
     if lines := annotations(reviewed.findings):
         print(lines)
     run.summarise(summary_of(reviewed))
@@ -122,11 +147,12 @@ def review(changed: Iterable[ChangedFile], tree: Path, base: Path, online: Onlin
     refuse_links_out(tree)
     if find_root(tree) != tree:
         raise UserError("the proposal has no pyproject.toml with `[tool.mergetune]`", "put it back")
-    proposal = proposal_of(tuple(changed), tree)
+    experiments = read_experiments(tree)
+    proposal = proposal_of(tuple(changed), experiments)
     if len(proposal.experiments) > MOST:
         words = f"{len(proposal.experiments)} experiments are changed at once, at most {MOST} may be"
         raise UserError(words, "split the pull request")
-    together = _checked_together(tree)
+    together = _checked_together(proposal, tree, experiments)
     previews = [(one, _preview(one, tree, base, online, together)) for one in proposal.experiments]
     return Reviewed(proposal, tuple(previews))
 
@@ -147,20 +173,29 @@ def refuse_links_out(tree: Path) -> None:
                 raise UserError(f"`{shown}` is a link that leads out of the repository", "remove it", at=Place(shown))
 
 
-def proposal_of(changed: Sequence[ChangedFile], tree: Path) -> Proposal:
+def read_experiments(tree: Path) -> dict[str, Experiment | None]:
+    """Every experiment of a tree by its path there; None for one that cannot be read."""
+    found: dict[str, Experiment | None] = {}
+    folder = tree / "experiments"
+    for path in find_experiments(tree, []) if any(folder.rglob("*.y*ml")) else []:
+        shown = shown_path(path, tree)
+        found[shown] = None
+        with suppress(UserError):
+            found[shown] = load_experiment(path).experiment
+    return found
+
+
+def proposal_of(changed: Sequence[ChangedFile], experiments: Mapping[str, Experiment | None]) -> Proposal:
     """The experiments whose file, or whose data in the repository, is among the changed files."""
     paths = {one.path for one in changed if one.status is not FileStatus.REMOVED}
     touched = paths | {one.path for one in changed} | {one.previous for one in changed if one.previous}
     moved = {one.path: one.previous for one in changed if one.previous and one.status is FileStatus.RENAMED}
     found: list[Proposed] = []
-    present = set()
-    for path in _experiments(tree):
-        shown = shown_path(path, tree)
-        present.add(shown)
-        if shown in paths or _uses(path, touched):
+    for shown, experiment in experiments.items():
+        if shown in paths or (experiment and _uses(experiment, touched)):
             previous = moved.get(shown, shown)
             found.append(Proposed(shown, previous, EXAMPLES in PurePosixPath(shown).parts))
-    gone = {path for path in touched - present if _launches(path)}
+    gone = {path for path in touched - experiments.keys() if _launches(path)}
     return Proposal(tuple(found), tuple(sorted(gone)))
 
 
@@ -192,7 +227,7 @@ def say_plans(github: GitHub, number: int, reviewed: Reviewed) -> None:
 def checklist(previews: Sequence[Preview]) -> list[bool]:
     """The boxes of the pull request template, in its order."""
     plans = [preview.plan for preview in previews]
-    fits = [verdict_of(plan.stages[0]) in (Verdict.FITS, Verdict.NO_GPU) for plan in plans if plan]
+    fits = [verdict_of(plan.stages[0]) in (Verdict.FITS, Verdict.NO_GPU, Verdict.LOCAL) for plan in plans if plan]
     known = bool(previews) and all(plans)
     unpinned = [f for preview in previews for f in preview.findings if f.rule == PINNED]
     return [
@@ -223,34 +258,36 @@ def _preview(
 ) -> Preview:
     before = base / one.previous if one.previous else None
     against = before if before is not None and before.is_file() and not before.is_symlink() else None
+    untraced: list[Finding] = []
+    trace = partial(trace_where_possible, one.path, untraced) if can_trace() else None
     try:
-        preview = preview_of(tree / one.path, against, online)
+        preview = preview_of(tree / one.path, against, online, trace)
     except UserError as error:
         finding = Finding("PLAN", Severity.ERROR, Place(one.path), error.message, error.hint)
         preview = Preview(PurePosixPath(one.path).stem, one.path, findings=(finding,))
-    return replace(preview, findings=(*preview.findings, *together.get(one.path, ())))
+    return replace(preview, findings=(*preview.findings, *untraced, *together.get(one.path, ())))
 
 
-def _checked_together(tree: Path) -> dict[str, list[Finding]]:
-    """Findings by file, from a check of all experiments: two of them may not write to one place."""
-    found: dict[str, list[Finding]] = {}
-    for finding in check_files(_experiments(tree), tree, load_settings(tree)).findings:
-        if finding.rule in TOGETHER:
-            found.setdefault(finding.at.path, []).append(finding)
+def _checked_together(
+    proposal: Proposal, tree: Path, experiments: Mapping[str, Experiment | None]
+) -> dict[str, list[Finding]]:
+    """Findings by file of the proposed experiments among all: two of them may not write to one place."""
+    readable = {path: one for path, one in experiments.items() if one}
+    groups = dict(zip(readable, relatives(list(readable.values())), strict=True))
+    rules = [rule for rule in ALL_RULES if rule.id in TOGETHER]
+    settings, found = load_settings(tree), {}
+    for path in groups.keys() & {one.path for one in proposal.experiments}:
+        others = tuple(one for one in groups[path] if one is not readable[path])
+        subject = Subject(load_experiment(tree / path, path), Facts(others=others), settings)
+        said = [finding for rule in rules if (finding := rule.run(subject))]
+        found[path] = sorted(said, key=lambda one: (one.severity, one.at, one.rule))
     return found
 
 
-def _experiments(tree: Path) -> list[Path]:
-    folder = tree / "experiments"
-    return find_experiments(tree, []) if any(folder.rglob("*.y*ml")) else []
-
-
-def _uses(path: Path, touched: set[str]) -> bool:
+def _uses(experiment: Experiment, touched: set[str]) -> bool:
     """Whether an experiment names one of these files, or a folder that holds one."""
-    with suppress(UserError):
-        named = {str(PurePosixPath(name)) for name in in_repo_paths(load_experiment(path).experiment)}
-        return any(name in named or any(str(up) in named for up in PurePosixPath(name).parents) for name in touched)
-    return False
+    named = {str(PurePosixPath(name)) for name in in_repo_paths(experiment)}
+    return any(name in named or any(str(up) in named for up in PurePosixPath(name).parents) for name in touched)
 
 
 def _launches(path: str) -> bool:

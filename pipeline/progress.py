@@ -1,10 +1,10 @@
 """Where a run stands, from its events, and how that reads on one line or a live screen. Starts nothing."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol, TextIO, TypeVar
 
 from pipeline.charts import BAR_WIDTH, bar, sparkline
 from pipeline.plan import StageName
@@ -21,6 +21,8 @@ class StageState(StrEnum):
 
 MARKS = {StageState.WAITING: "○", StageState.RUNNING: "◐", StageState.DONE: "●", StageState.FAILED: "✗"}
 PLAIN_EVERY_S = 10.0
+MANY = 200  # experiments: above this a check takes longer than a person waits without a sign
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,16 @@ class LiveDisplay:
 def make_display(out: TextIO) -> Display:
     """Live on a terminal, plain lines anywhere else."""
     return LiveDisplay(out) if out.isatty() else PlainDisplay(out)
+
+
+def watched(items: Sequence[Item], words: str, out: TextIO) -> Iterable[Item]:
+    """The same items, one after the other; with a bar on a terminal where they are many."""
+    if len(items) < MANY or not out.isatty():
+        return items
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(items, words, console=Console(file=out), transient=True)
 
 
 def _count(progress: Progress, event: dict[str, Any], done: int, unit: str) -> Progress:

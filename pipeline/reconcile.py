@@ -5,6 +5,7 @@ The states, from the last artifact that exists with this run's id:
 | seen of the next stage                                        | action                                          |
 |---------------------------------------------------------------|-------------------------------------------------|
 | every end product is there                                    | Finish                                          |
+| it is trained on somebody's Mac, and no adapter is there      | Ask: no job is ever submitted for it            |
 | a job of the run is queued or running                         | Wait                                            |
 | the same, and its log proves that it only wastes money        | GiveUp, if `early_stop` names that proof        |
 | no trace in this round                                        | Submit the next attempt                         |
@@ -25,7 +26,7 @@ no longer count.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline.cost import billed_usd
 from pipeline.curve_notes import find_waste
@@ -33,6 +34,7 @@ from pipeline.diagnose import Diagnosis, diagnose, diagnose_message
 from pipeline.flavors import FLAVORS
 from pipeline.live import Live, read_live
 from pipeline.plan import Plan, Stage, StageName
+from pipeline.remedy import remedy
 from pipeline.remote import NOBODY, JobState, SeenJob, StageView, Winner
 from pipeline.settings import Stop
 
@@ -95,6 +97,15 @@ class Wait:
 
 
 @dataclass(frozen=True)
+class Ask:
+    """A person has to do the next stage: nothing happens by itself until then."""
+
+    stage: StageName
+    why: str
+    hint: str
+
+
+@dataclass(frozen=True)
 class GiveUp:
     """The run cannot go on by itself."""
 
@@ -109,7 +120,7 @@ class Finish:
     """Every artifact is there."""
 
 
-Action = Submit | Wait | GiveUp | Finish
+Action = Submit | Wait | Ask | GiveUp | Finish
 
 
 def decide(
@@ -121,6 +132,8 @@ def decide(
         return Finish()
     if live := [job for job in seen.jobs if job.is_live]:
         return _about_live(plan, live[0], seen.live(live[0]), now, limits)
+    if pending[0].flavor.local:
+        return _about_adapter(plan, pending[0], seen)
     action = _about_stage(plan, pending[0], seen, now, limits, (closed_attempts or {}).get(pending[0].name, 0))
     return _within_budget(plan, action, pending, seen) if isinstance(action, Submit) else action
 
@@ -136,6 +149,16 @@ def so_far_usd(job: SeenJob, live: Live | None, now: float) -> float | None:
         return None
     logged_s = now - live.since if live and live.since else 0.0
     return billed_usd(max(job.running_s, logged_s, 0.0), FLAVORS[job.flavor])
+
+
+def _about_adapter(plan: Plan, stage: Stage, seen: Seen) -> Action:
+    """What is trained with MLX comes by `submit-adapter`, however often somebody tries again here."""
+    name, view = plan.experiment.name, seen.views.get(stage.name, StageView())
+    hint = f"train with `mergetune run experiments/{name}.yaml --backend mlx`, then `mergetune submit-adapter {name} "
+    hint += f"runs/{plan.run_id}/{stage.name}/artifact`"
+    if view.winner and view.winner.job_id != NOBODY:
+        return Ask(stage.name, "an adapter is being handed in, or its upload broke off", f"{hint} goes on with it")
+    return Ask(stage.name, "waits for an adapter that is trained with MLX", hint)
 
 
 def _about_stage(plan: Plan, stage: Stage, seen: Seen, now: float, limits: Limits, closed: int) -> Action:
@@ -156,10 +179,12 @@ def _about_stage(plan: Plan, stage: Stage, seen: Seen, now: float, limits: Limit
             # Only the server's own words undo a cancel: a job that a person stopped must not be bought again.
             said = diagnose_message(job.message)
             if said is None or not said.transient:
-                return _cancelled(plan, stage, said.cause if said else "it was cancelled", said.hint if said else "")
+                return _cancelled(plan, stage, said.cause if said else "it was cancelled", said)
             return _about_failure(plan, stage, said, attempt, attempt - closed, limits)
         case _:
-            found = diagnose(seen.logs.get(job.id, ""), job.message)
+            log = seen.logs.get(job.id, "")
+            found = diagnose(log, job.message)
+            found = replace(found, hint=remedy(found, plan, stage, log))
             return _about_failure(plan, stage, found, attempt, attempt - closed, limits)
 
 
@@ -173,18 +198,9 @@ def _within_budget(plan: Plan, submit: Submit, pending: list[Stage], seen: Seen)
     return GiveUp(submit.stage.name, why, hint)
 
 
-def _cancelled(plan: Plan, stage: Stage, why: str, hint: str = "") -> GiveUp:
-    again = f"`mergetune retry {plan.experiment.name}` starts it again"
-    return GiveUp(stage.name, why, _filled(hint, plan, stage) or again, cancelled=True)
-
-
-def _filled(hint: str, plan: Plan, stage: Stage) -> str:
-    """A hint of `diagnose` with the caller's own values in it. It may hold any text: nothing else is replaced."""
-    name, namespace = plan.experiment.name, plan.experiment.output.repo.split("/")[0]
-    values = {"stage": stage.name, "name": name, "namespace": namespace, "path": f"experiments/{name}.yaml"}
-    for key, value in values.items():
-        hint = hint.replace(f"{{{key}}}", value)
-    return hint
+def _cancelled(plan: Plan, stage: Stage, why: str, said: Diagnosis | None = None) -> GiveUp:
+    hint = remedy(said, plan, stage) if said else ""
+    return GiveUp(stage.name, why, hint or f"`mergetune retry {plan.experiment.name}` starts it again", cancelled=True)
 
 
 def _about_live(plan: Plan, job: SeenJob, live: Live | None, now: float, limits: Limits) -> Action:
@@ -235,7 +251,7 @@ def _about_success(stage: Stage, job: SeenJob, now: float, limits: Limits) -> Ac
 def _about_failure(plan: Plan, stage: Stage, found: Diagnosis, attempt: int, tried: int, limits: Limits) -> Action:
     why = f"{found.cause}: {found.evidence}" if found.evidence else found.cause
     if not found.transient:
-        return GiveUp(stage.name, why, _filled(found.hint, plan, stage))
+        return GiveUp(stage.name, why, found.hint)
     if tried >= limits.attempts:
         return GiveUp(stage.name, f"{why} ({tried} attempts)", f"`mergetune retry {plan.experiment.name}` tries again")
     return Submit(stage, attempt + 1, why)

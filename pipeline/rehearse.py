@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline import rehearse_mlx
 from pipeline.backends.local import LocalRun
 from pipeline.errors import UserError
-from pipeline.experiment import Experiment
+from pipeline.experiment import Backend, Experiment
 from pipeline.facts import Facts
 from pipeline.fields import is_path
 from pipeline.loader import ExperimentFile
@@ -46,12 +47,14 @@ class RehearsalResult:
     substituted: tuple[str, ...]
     failure: UserError | None = None
     folder: Path | None = None
+    not_rehearsed: str = ""
 
     def summary(self) -> str:
         """A few lines for a terminal."""
         total = sum(self.seconds.values())
         parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
         lines = [f"rehearsal {'failed' if self.failure else 'passed'} in {total:.0f} s ({parts})"]
+        lines += [self.not_rehearsed] if self.not_rehearsed else []
         sections = (("proves", self.proves), ("cannot prove", self.cannot_prove), ("substituted", self.substituted))
         for title, points in sections:
             lines += [f"{title}:", *(f"  - {point}" for point in points)] if points else []
@@ -77,12 +80,15 @@ def rehearse(
     folder = Path(tempfile.mkdtemp(prefix="mergetune-rehearsal-"))
     watch = _Watch(display)
     substituted: tuple[str, ...] = ()
+    lacks = rehearse_mlx.NOT_HERE if rehearse_mlx.is_stood_in_for(file.experiment, facts.mlx_here) else ""
     try:
         spec, experiment, notes = lay_out(file.experiment, facts, root, folder, found or Found())
-        substituted = (*spec.substituted, *notes)
+        substituted = (*spec.substituted, *notes, *rehearse_mlx.substituted(file.experiment, facts))
         watch.begin("twin")
         display.say("twin: build")
         _build_twin(spec, root, folder)
+        if experiment.train.backend is Backend.MLX:
+            rehearse_mlx.make_base(folder, rehearse_mlx.twin_bits(file.experiment, facts.mlx_config))
         watch.begin(None)
         twin_facts = read_facts(experiment, folder)
         plan = make_plan(experiment, twin_facts)
@@ -91,13 +97,14 @@ def rehearse(
         run_locally(LocalRun(plan, twin_facts, folder, place, "cpu", parallel=parallel), watch)
     except UserError as error:
         stage = watch.stage
-        return RehearsalResult(watch.finish(), (), (), substituted, placed(error, file, stage), folder)
+        return RehearsalResult(watch.finish(), (), (), substituted, placed(error, file, stage), folder, lacks)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)
     cannot = _cannot(file, spec, watch.warnings)
-    return RehearsalResult(watch.finish(), _proves(experiment, spec, parallel), cannot, substituted)
+    proves = _proves(experiment, spec, parallel, trained=not lacks)
+    return RehearsalResult(watch.finish(), proves, cannot, substituted, not_rehearsed=lacks)
 
 
 def _parallel(experiment: Experiment, facts: Facts) -> Parallel:
@@ -127,6 +134,9 @@ def lay_out(
     spec = twin_of(model, base, model_type, texts_of(data.lines), experiment.train.seed)
     changed = _changed(experiment, data, big)
     changed["train"]["max_length"] = _max_length(experiment, spec, big)
+    if experiment.train.backend is Backend.MLX:
+        layers = int(spec.config.get("text_config", spec.config).get("num_hidden_layers", 1))
+        rehearse_mlx.change_training(changed["train"], experiment, facts, layers)
     return spec, Experiment.model_validate(changed), data.notes
 
 
@@ -255,12 +265,13 @@ def _build_twin(spec: TwinSpec, root: Path, folder: Path) -> None:
         raise UserError(f"the twin cannot be built: {last}", bare or f"the whole log: `{log}`")
 
 
-def _proves(experiment: Experiment, spec: TwinSpec, parallel: Parallel) -> tuple[str, ...]:
+def _proves(experiment: Experiment, spec: TwinSpec, parallel: Parallel, *, trained: bool) -> tuple[str, ...]:
     train = experiment.train
-    points = [f"`{train.method}` training starts, learns, checkpoints and saves with these settings"]
+    how = "with MLX " if train.backend is Backend.MLX else ""
+    points = [f"`{train.method}` training {how}starts, learns, checkpoints and saves with these settings"] * trained
     if parallel.gpus > 1:
         points.append(f"{parallel.gpus} processes share each step ({parallel.sharing}), as the GPUs will")
-    if train.sft:
+    if train.sft and trained:
         points.append("the trainer takes every value of `train.sft`: " + ", ".join(train.sft))
     if train.lora and train.lora.targets != "all-linear":
         points.append("`train.lora.targets` are layers of this architecture")
@@ -277,8 +288,9 @@ def _proves(experiment: Experiment, spec: TwinSpec, parallel: Parallel) -> tuple
 
 def _cannot(file: ExperimentFile, spec: TwinSpec, warnings: list[str]) -> tuple[str, ...]:
     experiment = file.experiment
+    where = "Mac" if experiment.train.backend is Backend.MLX else "GPU"
     points = [
-        "that it fits the GPU and ends in time: `mergetune plan` estimates both",
+        f"that it fits the {where} and ends in time: `mergetune plan` estimates both",
         "that the result is any good: the twin's weights are random",
         "access: tokens, licences and repositories of the Hub are not touched",
         f"what only whole rows of {experiment.train.max_length} tokens, or rows after the first {ROWS}, would show",

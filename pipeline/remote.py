@@ -18,6 +18,7 @@ FOLDER = ".mergetune"
 CLAIM, WINNER, MANIFEST, REQUEST = "claim.json", "winner.json", "manifest.json", "run.json"
 VIEWED = (CLAIM, WINNER, MANIFEST, REQUEST)
 NOBODY = "nobody"  # the job id of a fence that was closed so that no job passes
+LOCAL = "local-"  # how the name begins that an adapter trained on somebody's machine has in place of a job's id
 
 
 class JobState(StrEnum):
@@ -101,6 +102,12 @@ class StageView:
         """The latest attempt that left a trace; 0 when there is none."""
         return max(self.claim.attempt if self.claim else 0, self.winner.attempt if self.winner else 0)
 
+    @property
+    def job_ids(self) -> set[str]:
+        """The jobs that claim and fence name."""
+        named = (self.claim and self.claim.job_id, self.winner and self.winner.job_id)
+        return {job_id for job_id in named if job_id and not job_id.startswith(LOCAL)}
+
 
 @dataclass(frozen=True)
 class Load:
@@ -172,8 +179,8 @@ class Remote(Protocol):
         """One job by its id, None when the server knows no such job."""
         ...
 
-    def log(self, namespace: str, job_id: str) -> str:
-        """The last part of a job's log."""
+    def log(self, namespace: str, job_id: str, *, whole: bool = False) -> str:
+        """The last part of a job's log, or all of it."""
         ...
 
     def logs(self, namespace: str, job_ids: Collection[str]) -> Mapping[str, str]:

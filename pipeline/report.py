@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.charts import sparkline
 from pipeline.fit import Fit
 from pipeline.flavors import AS_OF
-from pipeline.markdown import fence, quote, size
+from pipeline.markdown import code, fence, quote, size
 from pipeline.plan import Plan, StageName
 from pipeline.progress import duration
 from pipeline.result_sections import answers_list
@@ -194,5 +194,14 @@ def _reproducibility(result: RunResult) -> str:
         f"- fingerprint `{result.plan.fingerprint}`\n"
         f"- base `{experiment.base.model}` at `{experiment.base.revision or 'the content in this repository'}`\n"
         f"- data `{experiment.data.dataset}` at `{experiment.data.revision or 'the content in this repository'}`\n"
-        f"- seed {experiment.train.seed}\n- {listed}"
+        f"- seed {experiment.train.seed}\n{_trained_on(result)}- {listed}"
     )
+
+
+def _trained_on(result: RunResult) -> str:
+    """A line where the training read another form of the base than the one that is merged into."""
+    found = result.manifests.get(StageName.TRAIN, {}).get("trained_on")
+    quantised = found.get("quantization") if isinstance(found, Mapping) else None
+    if not isinstance(found, Mapping) or not isinstance(quantised, Mapping):
+        return ""
+    return f"- trained on {code(str(found.get('model')))}, quantised to {code(str(quantised.get('bits')))} bits\n"

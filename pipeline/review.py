@@ -85,6 +85,15 @@ def reviewed_hash(github: GitHub, pull: PullRequest, name: str) -> str | None:
     return None
 
 
+def memory_was_traced(origins: Origins, plan: Plan) -> bool:
+    """Whether our plan comment of this very plan says that a trace has shown the training to fit."""
+    pull, name = origins.of_plan(plan).pull, plan.experiment.name
+    comments = ours(origins.github.comments(pull.number), f"plan:{name}", origins.github.login) if pull else []
+    marks = (match[0] for comment in comments if (match := REVIEWED.match(comment.body)))
+    first = next(marks, "")
+    return " memory=traced " in first and f"plan={plan_hash(plan)} " in first
+
+
 def _refusal(origins: Origins, approvals: int, plan: Plan) -> tuple[str, str] | None:
     name, github = plan.experiment.name, origins.github
     origin = origins.of_plan(plan)

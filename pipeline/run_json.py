@@ -59,7 +59,7 @@ def make_inputs(plan: Plan, stage: StageName, source: FindSource, artifact: Find
 
     match stage:
         case StageName.TRAIN:
-            return {"base": base(), **_data_inputs(plan, source)}
+            return {"base": base(), **_mlx_inputs(plan, source), **_data_inputs(plan, source)}
         case StageName.MERGE:
             return {"base": base(), "adapter": artifact(StageName.TRAIN)}
         case StageName.GGUF:
@@ -71,6 +71,12 @@ def make_inputs(plan: Plan, stage: StageName, source: FindSource, artifact: Find
                 prompts = source(evaluate.prompts, "dataset", None)
                 inputs["prompts"] = {**prompts, "max_new_tokens": evaluate.max_new_tokens}
             return inputs
+
+
+def _mlx_inputs(plan: Plan, source: FindSource) -> dict[str, Source]:
+    """The model that MLX trains on, where it is not the base itself."""
+    mlx = plan.experiment.train.mlx
+    return {"mlx_base": source(mlx.base, "model", mlx.revision)} if mlx and mlx.base else {}
 
 
 def _data_inputs(plan: Plan, source: FindSource) -> dict[str, Source]:

@@ -33,8 +33,9 @@ def show_status(world: World, name: str | None) -> list[Report]:
     closed = [ended_report(book, run) for run in chosen if book.rounds.get(run.run_id) and not book.is_open(run.run_id)]
     names = {run.run_id for run in chosen}
     narrow = replace(world, tree=replace(world.tree, wanted=tuple(chosen), partial=name is not None))
-    live = [report for report in tick(narrow, dry_run=True) if name is None or report.run_id in names]
-    live = [report for report in live if report.run_id not in {one.run_id for one in closed}]
+    over = {report.run_id for report in closed}
+    live = [report for report in tick(narrow, dry_run=True, book=book) if name is None or report.run_id in names]
+    live = [report for report in live if report.run_id not in over]
     return closed + [_with_load(world, report, chosen[0]) if name else report for report in live]
 
 

@@ -49,8 +49,11 @@ def wanted_run(path: Path, root: Path) -> Wanted:
         raise UserError(f"`{missing[0]}` is not in this repository", "commit the file, or correct the path")
     run_id = make_run_id(experiment, make_fingerprint(experiment, Facts(content=content)))
     namespace = experiment.output.repo.split("/")[0]
-    name = experiment.name
-    return Wanted(name, run_id, namespace, lambda: make_plan(experiment, gather_facts(experiment, root)), path)
+
+    def plan() -> Plan:
+        return make_plan(experiment, gather_facts(experiment, root))
+
+    return Wanted(experiment.name, run_id, namespace, plan, path, experiment)
 
 
 def make_order(

@@ -13,7 +13,7 @@ from pipeline.experiment import Experiment
 from pipeline.facts import NOTHING, Facts, FromHub
 from pipeline.fields import is_path
 from pipeline.models import CATALOGUE, ModelShape, shape_of
-from pipeline.plan import in_repo_paths
+from pipeline.plan import in_repo_paths, mlx_base
 
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 LARGEST_SIZE = 100_000_000
@@ -54,6 +54,7 @@ def read_facts(experiment: Experiment, root: Path, fetched: FromHub = NOTHING) -
     model, script = experiment.base.model, experiment.train.script
     base = root / model if is_path(model) else fetched.base
     config, fault = _config(base) if base and model not in missing else (None, "")
+    mlx = mlx_base(experiment)
     return Facts(
         content=content,
         missing=missing,
@@ -62,6 +63,7 @@ def read_facts(experiment: Experiment, root: Path, fetched: FromHub = NOTHING) -
         config_fault=fault,
         chat_template=_chat_template(base) if base and config else None,
         scripts={script: _text(root / script)} if script and script in content else {},
+        mlx_config=_config(root / mlx)[0] if mlx and mlx in content else None,
     )
 
 
@@ -69,15 +71,16 @@ def read_content(experiment: Experiment, root: Path) -> tuple[dict[str, str], tu
     """The hash of every in-repo path the experiment names, and the paths that are not there as what they are for."""
     base, dataset = experiment.base.model, experiment.data.dataset
     paths = in_repo_paths(experiment)
-    there = [path for path in paths if _lies_here(root / path, root, folder=path == base != dataset)]
+    folders = {base, mlx_base(experiment)} - {dataset}
+    there = [path for path in paths if _lies_here(root / path, root, folder=path in folders)]
     return {path: content_hash(root / path) for path in there}, tuple(path for path in paths if path not in there)
 
 
 def _lies_here(path: Path, root: Path, *, folder: bool) -> bool:
     """A file (or folder) inside the repository, links followed, and not the repository itself."""
     try:
-        real, home = _real(path), _real(root)
-        return real != home and real.is_relative_to(home) and (real.is_dir() if folder else real.is_file())
+        real, home = os.path.realpath(path), os.path.realpath(root)
+        return real.startswith(home + os.sep) and (Path(real).is_dir() if folder else Path(real).is_file())
     except (OSError, ValueError):  # a name too long, a folder that may not be looked into
         return False
 

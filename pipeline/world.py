@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from pipeline.book import Book
 from pipeline.errors import Finding
+from pipeline.experiment import Experiment
 from pipeline.launch import Order
 from pipeline.live import Live
 from pipeline.plan import Plan, StageName
@@ -21,6 +22,7 @@ class Outcome(StrEnum):
 
     SUBMITTED = "submitted"
     WAITING = "waiting"
+    YOURS = "yours"  # a person has to do the next step
     BLOCKED = "blocked"
     FINISHED = "finished"
     FAILED = "failed"
@@ -52,13 +54,17 @@ class Report:
 
 @dataclass(frozen=True)
 class Wanted:
-    """An experiment on main: its run, and how to learn the rest when it is needed (finished runs never need it)."""
+    """An experiment on main: its run, its file as it was read, and how to learn the rest when it is needed.
+
+    Finished runs never need a plan.
+    """
 
     name: str
     run_id: str
     namespace: str
     plan: Callable[[], Plan]
     path: Path | None = None
+    experiment: Experiment | None = None
 
 
 @dataclass(frozen=True)

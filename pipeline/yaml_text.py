@@ -8,11 +8,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from sys import intern
 from typing import Any
 
 import yaml
 
 from pipeline.errors import Finding, InvalidExperiment, Place, Severity, excerpt
+from pipeline.yaml_hints import problem_of, syntax_hint
 
 MAX_BYTES = 256 * 1024  # An experiment is a page or two; beyond this it is the wrong file.
 MAX_DEPTH = 12
@@ -22,9 +24,12 @@ NULLS = ("", "~", "null", "Null", "NULL")
 # What hides in an editor or a terminal: control characters, line ends that only YAML sees, marks that turn text around.
 HIDDEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2060\u2066-\u2069\ufeff]")
 # Tags that a plain value gets by its looks; written out (`!!str`) they change nothing here.
-IMPLICIT_TAGS = {"null", "bool", "int", "float", "timestamp", "str", "map", "seq", "merge", "value"}
+STANDARD = "tag:yaml.org,2002:"
+IMPLICIT_TAGS = ("null", "bool", "int", "float", "timestamp", "str", "map", "seq", "merge", "value")
+ALLOWED_TAGS = {STANDARD + name for name in IMPLICIT_TAGS}
 
 Keys = tuple[str | int, ...]
+Spot = tuple[int, int]
 
 
 class Plain(str):
@@ -33,22 +38,25 @@ class Plain(str):
 
 @dataclass(frozen=True)
 class YamlText:
-    """The data of one YAML file, and where each value (`values`) and each mapping key (`keys`) stands."""
+    """The data of one YAML file, and where each value (`values`) and each mapping key (`keys`) stands.
+
+    Line and column, from 0: of thousands of files hardly a place is ever asked for.
+    """
 
     path: str
     data: Any
-    values: Mapping[Keys, Place] = field(repr=False)
-    keys: Mapping[Keys, Place] = field(repr=False)
+    values: Mapping[Keys, Spot] = field(repr=False)
+    keys: Mapping[Keys, Spot] = field(repr=False)
 
     def at(self, keys: Keys) -> Place:
         """The place of a value, or of the nearest parent that was written."""
         while keys and keys not in self.values:
             keys = keys[:-1]
-        return self.values.get(keys, Place(self.path))
+        return _at(self.path, self.values.get(keys))
 
     def at_key(self, keys: Keys) -> Place:
         """The place of a key."""
-        return self.keys.get(keys) or self.at(keys)
+        return _at(self.path, self.keys[keys]) if keys in self.keys else self.at(keys)
 
 
 def invalid(at: Place, message: str, hint: str = "", rule: str = "EXP001") -> InvalidExperiment:
@@ -71,10 +79,10 @@ def parse_yaml(text: str, shown: str) -> YamlText:
     _refuse_control_characters(text, shown)
     try:
         _refuse_deep_nesting(text, shown)
-        node = yaml.compose(text, Loader=_loader())
+        node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         raise invalid(
-            _place(shown, error.problem_mark), f"not YAML: {_problem(error)}", _syntax_hint(error, text)
+            _place(shown, error.problem_mark), f"not YAML: {problem_of(error)}", syntax_hint(error, text)
         ) from error
     except (yaml.YAMLError, RecursionError) as error:
         hint = "start from `mergetune init NAME`"
@@ -110,9 +118,12 @@ def resolve_plain(value: Any) -> Any:
     return str(value)
 
 
-def _loader() -> Any:
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """libyaml's loader where PyYAML was built with it: the same nodes, many times faster."""
-    return getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> str:
+        """The tag of what has none written: which one is not asked here, and finding it out takes a regex a word."""
+        return f"{STANDARD}str"
 
 
 def _read(path: Path, at: Place) -> str:
@@ -170,7 +181,7 @@ def _refuse_deep_nesting(text: str, shown: str) -> None:
     if text.count("[") + text.count("{") + max(map(len, text.splitlines()), default=0) < 1000:
         return
     depth = 0
-    for event in yaml.parse(text, Loader=_loader()):
+    for event in yaml.parse(text, Loader=_Loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH + 1:  # the mapping at the top is level 0 of the data
             raise _too_deep(_place(shown, event.start_mark))
@@ -180,52 +191,12 @@ def _too_deep(at: Place) -> InvalidExperiment:
     return invalid(at, "nested too deep or too large for an experiment", "flatten it")
 
 
+def _at(shown: str, spot: Spot | None) -> Place:
+    return Place(shown, spot[0] + 1, spot[1] + 1) if spot else Place(shown)
+
+
 def _place(shown: str, mark: Any) -> Place:
     return Place(shown, mark.line + 1, mark.column + 1) if mark else Place(shown)
-
-
-def _problem(error: yaml.MarkedYAMLError) -> str:
-    words = [part for part in (error.context, error.problem) if part]
-    return ", ".join(words) or "syntax error"
-
-
-def _syntax_hint(error: yaml.MarkedYAMLError, text: str) -> str:
-    problem = error.problem or ""
-    lines = text.splitlines()
-    at_line, column = (error.problem_mark.line, error.problem_mark.column) if error.problem_mark else (0, 0)
-    line = lines[at_line] if at_line < len(lines) else ""
-    if "tab character" in problem or line[: column + 1].lstrip(" ")[:1] == "\t":
-        return "indent with spaces, not tabs"
-    if "cannot start any token" in problem:
-        return f"quote the value: plain text cannot start with `{line[column : column + 1]}`"
-    if "mapping values are not allowed" in problem:
-        return _colon_hint(lines, at_line)
-    if "unknown escape character" in problem:
-        return "write the text in single quotes, or each `\\` twice"
-    opened = error.context_mark.line + 1 if error.context_mark else 0
-    if "could not find expected ':'" in problem:
-        return f"write `: ` after the key on line {opened}"
-    if at_line > error.context_mark.line if error.context_mark else False:
-        if "quoted scalar" in (error.context or ""):
-            return f"close the quote of line {opened}"
-        if "flow" in (error.context or ""):
-            return f"close the bracket of line {opened}, or check the indentation and quotes after it"
-    if "expected a single document" in _problem(error):
-        return "one experiment per file: remove the `---`"
-    if "undefined alias" in problem:
-        return "quote a value that starts with `*`"
-    return "check the indentation and quotes on this line and the one above"
-
-
-def _colon_hint(lines: list[str], at: int) -> str:
-    """Why a `: ` stands where none may: in a value, after a line without one, or on a line indented too far."""
-    line = lines[at] if at < len(lines) else ""
-    before = lines[at - 1] if at else ""
-    if re.fullmatch(r"\s*[\w-]+:\S+", before):
-        return f"write a space after the colon on line {at}"
-    if len(re.findall(r":(?: |$)", line)) == 1 and len(line) - len(line.lstrip()) > len(before) - len(before.lstrip()):
-        return f"indent it like line {at}"
-    return "quote the value if it contains `: `"
 
 
 class _Builder:
@@ -233,56 +204,60 @@ class _Builder:
 
     def __init__(self, shown: str) -> None:
         self.shown = shown
-        self.values: dict[Keys, Place] = {}
-        self.keys: dict[Keys, Place] = {}
+        self.values: dict[Keys, Spot] = {}
+        self.keys: dict[Keys, Spot] = {}
         self.seen: set[int] = set()
 
     def build(self, node: yaml.Node, keys: Keys, depth: int) -> Any:
-        at = _place(self.shown, node.start_mark)
-        self.values[keys] = at
+        mark = node.start_mark
+        self.values[keys] = mark.line, mark.column
         if depth > MAX_DEPTH or len(self.values) > MAX_NODES:
-            raise _too_deep(at)
+            raise _too_deep(_place(self.shown, mark))
         # An alias gives the same node object twice: anchors would let one line mean another (and bombs explode).
         if id(node) in self.seen:
-            raise invalid(at, "YAML anchors and aliases are not allowed", "write the value out: one file says all")
+            hint = "write the value out: one file says all"
+            raise invalid(_place(self.shown, mark), "YAML anchors and aliases are not allowed", hint)
         self.seen.add(id(node))
-        self._refuse_tag(node, at)
+        self._refuse_tag(node)
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, keys, depth)
         if isinstance(node, yaml.SequenceNode):
             return [self.build(item, (*keys, index), depth + 1) for index, item in enumerate(node.value)]
-        self._refuse_hidden(node, at)
+        self._refuse_hidden(node)
         return _scalar(node)
 
     def _mapping(self, node: yaml.MappingNode, keys: Keys, depth: int) -> dict[str, Any]:
         built: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            at = _place(self.shown, key_node.start_mark)
+            mark = key_node.start_mark
             if not isinstance(key_node, yaml.ScalarNode):
-                raise invalid(at, "a key must be plain text", "quote a key that starts with `{` or `[`")
-            self._refuse_hidden(key_node, at)
-            key = str(key_node.value)
+                hint = "quote a key that starts with `{` or `[`"
+                raise invalid(_place(self.shown, mark), "a key must be plain text", hint)
+            self._refuse_hidden(key_node)
+            key = intern(str(key_node.value))  # one text for the key in all files
+            below = (*keys, key)
             if key == "<<" and not key_node.style:
-                raise invalid(at, "YAML merge keys are not allowed", "write the keys out: one file says all")
+                hint = "write the keys out: one file says all"
+                raise invalid(_place(self.shown, mark), "YAML merge keys are not allowed", hint)
             if key in built:
-                first = self.keys[(*keys, key)].line
-                raise invalid(at, f"duplicate key `{excerpt(key)}`", f"keep one: it also stands on line {first}")
-            self.keys[(*keys, key)] = at
-            built[key] = self.build(value_node, (*keys, key), depth + 1)
+                hint = f"keep one: it also stands on line {self.keys[below][0] + 1}"
+                raise invalid(_place(self.shown, mark), f"duplicate key `{excerpt(key)}`", hint)
+            self.keys[below] = mark.line, mark.column
+            built[key] = self.build(value_node, below, depth + 1)
         return built
 
-    def _refuse_tag(self, node: yaml.Node, at: Place) -> None:
-        standard, written = "tag:yaml.org,2002:", str(node.tag or "")
-        if not written.startswith(standard):
+    def _refuse_tag(self, node: yaml.Node) -> None:
+        if node.tag in ALLOWED_TAGS:
+            return
+        at, written = _place(self.shown, node.start_mark), str(node.tag or "")
+        if not written.startswith(STANDARD):
             raise invalid(at, f"YAML tag `{excerpt(written)}` is not allowed", "remove it, or quote a value with `!`")
-        if written.removeprefix(standard) not in IMPLICIT_TAGS:
-            short = excerpt(written.replace(standard, "!!"))
-            raise invalid(at, f"YAML tag `{short}` is not allowed", "remove the tag")
+        raise invalid(at, f"YAML tag `{excerpt(written.replace(STANDARD, '!!'))}` is not allowed", "remove the tag")
 
-    def _refuse_hidden(self, node: yaml.Node, at: Place) -> None:
+    def _refuse_hidden(self, node: yaml.Node) -> None:
         """Double quotes can spell what the file itself may not hold: `\\0`, `\\u202E`."""
         if isinstance(node, yaml.ScalarNode) and node.style == '"' and (found := HIDDEN.search(node.value)):
-            raise _hidden(at, found.group())
+            raise _hidden(_place(self.shown, node.start_mark), found.group())
 
 
 def _scalar(node: yaml.Node) -> str | None:

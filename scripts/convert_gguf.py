@@ -342,6 +342,7 @@ START = (600, 0)  # nothing is lost yet, and the controller can start the job ag
 PUSH = (180, 0)  # a checkpoint: the next one replaces it
 PUBLISH = (3600, 300)  # an hour of the machine costs less than the work that it alone holds
 HEARTBEAT_S = 60
+RSS_IN_A_GIB = 2**30 if sys.platform == "darwin" else 2**20  # `ru_maxrss` counts KiB, on a Mac bytes
 LARGE_BYTES = 1 << 20  # files from this size go one by one, so that one which has arrived does not go again
 # Without the Hub's own id (a run by hand) every process is a job of its own.
 JOB_ID = os.environ.get("JOB_ID") or f"local-{os.getpid()}-{time.time_ns()}"
@@ -632,7 +633,7 @@ def heartbeat(run: dict) -> None:
     while not STOPPED.wait(run.get("heartbeat_s", HEARTBEAT_S)):
         peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         free = shutil.disk_usage(run["work"]).free
-        numbers = {"memory_gib": round(peak / 2**20, 3), "disk_free_gb": round(free / 1e9, 1), **gpu_busy(run)}
+        numbers = {"memory_gib": round(peak / RSS_IN_A_GIB, 3), "disk_free_gb": round(free / 1e9, 1), **gpu_busy(run)}
         emit("heartbeat", **numbers, elapsed_s=round(time.monotonic() - began, 1))
 
 

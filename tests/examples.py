@@ -32,3 +32,9 @@ def changed(pattern: str, replacement: str, text: str = GOOD) -> str:
     if not count:
         raise ValueError(f"{pattern!r} is not in the text")
     return new
+
+
+# The same, trained with MLX: on a quantised base, and on the base itself.
+_MLX = "{base: mlx-community/gemma-3-12b-it-4bit, revision: 1a2b3c4, num_layers: 16}"
+MAC = changed("  flavor: a10g-large\n  timeout: 4h\n", f"  backend: mlx\n  flavor: m3-max\n  mlx: {_MLX}\n")
+MAC_LORA = changed("method: qlora", "method: lora", changed(r"  mlx: .*\n", "", MAC))

@@ -297,7 +297,7 @@ class SimRemote:
         found = lambda: next((self._seen(job) for job in self.world.job_list if job.id == job_id), None)  # noqa: E731
         return self._ask(found, "inspect")
 
-    def log(self, namespace: str, job_id: str) -> str:
+    def log(self, namespace: str, job_id: str, *, whole: bool = False) -> str:
         return self._ask(lambda: "ValueError: bad data\n", "log")
 
     def logs(self, namespace: str, job_ids: Collection[str]) -> dict[str, str]:

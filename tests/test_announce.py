@@ -16,7 +16,9 @@ from pipeline.announce import Desk, announce, open_desk, tick_and_tell
 from pipeline.book import Tag, since_message
 from pipeline.chatops import Place, carry_out_dispatched, read_command, run_command
 from pipeline.controller import tick
-from pipeline.plan import Plan
+from pipeline.errors import Finding, Severity
+from pipeline.errors import Place as FilePlace
+from pipeline.plan import Plan, StageName
 from pipeline.preflight import run_preflight
 from pipeline.reconcile import Seen, Submit
 from pipeline.repository import Repository
@@ -43,6 +45,7 @@ class Life:
         message = since_message(datetime.fromtimestamp(self.sim.time, UTC))
         self.sim.tags["mergetune/since"] = Tag("mergetune/since", "c" * 40, message)
         self.approvals = self.checkouts = 0
+        self.found: tuple[Finding, ...] = ()  # by the check before a launch
         self.summary = ""
 
     def propose(self, *, preflight: bool = True, **files: str | None) -> int:
@@ -74,7 +77,15 @@ class Life:
 
         tree = read_tree(clone, self.github.world.commit("refs/heads/main"))
         world = World(
-            remote, SimBook(remote), remote.clock, Settings(), tree, LABEL, lambda plan: (), order, namespaces=ACME
+            remote,
+            SimBook(remote),
+            remote.clock,
+            Settings(),
+            tree,
+            LABEL,
+            lambda plan: self.found,
+            order,
+            namespaces=ACME,
         )
         github = client(self.github)
         return open_desk(world, github, clone, Origins(github, Repository(clone), "main"))
@@ -145,6 +156,38 @@ def test_a_merged_experiment_is_followed_to_its_end(life: Life, method: str) -> 
     assert len(life.comments(number, "result")) == 1
 
 
+def test_what_waits_for_an_adapter_is_said_and_not_watched(life: Life) -> None:
+    """The schedule stops: an adapter may take days, and who hands it in starts the next tick."""
+    text = experiment(**{"flavor: cpu-upgrade, timeout: 10m": "backend: mlx"})
+    number = life.propose(small=text)
+    sha = life.merge(number)
+    (report,) = life.tick()
+    assert report.outcome is Outcome.YOURS, report
+    (followed,) = life.comments(number, "run")
+    assert "### `small` waits for you" in followed
+    assert "○ train → ○ merge → ○ gguf → ○ evaluate" in followed
+    assert "mergetune submit-adapter small runs/" in followed
+    assert "`/cancel small` stops it" in followed
+    assert life.github.statuses(sha)["train/small"].state == "pending"
+    assert life.sim.job_list == []
+    assert not life.watched()
+
+
+def test_a_retry_asked_for_in_a_comment_starts_no_training_either(life: Life) -> None:
+    number = life.propose(small=experiment(**{"flavor: cpu-upgrade, timeout: 10m": "backend: mlx"}))
+    life.merge(number)
+    life.tick()
+    for verb in ("cancel", "retry"):
+        inputs = {"command": verb, "experiment": "small", "by": "bob"}
+        event = life.github.event("workflow_dispatch", workflow="launch.yml", inputs=inputs)
+        run = workflow_run(life.github, life.root, "workflow_dispatch", event)
+        assert carry_out_dispatched(run, client(life.github), lambda: life.desk().world) == 0
+        life.sim.advance(HALF_HOUR)
+    (report,) = life.tick()
+    assert (report.outcome, report.stage) == (Outcome.YOURS, StageName.TRAIN)
+    assert life.sim.job_list == []
+
+
 def test_a_final_comment_that_was_not_taken_is_made_later(life: Life) -> None:
     number = life.propose(small=experiment())
     life.merge(number)
@@ -187,6 +230,23 @@ def test_a_plan_that_nobody_saw_is_not_launched_until_a_writer_asks_for_it(life:
     life.say(number, "mallory", "/plan")
     assert life.tick()[0].outcome is Outcome.BLOCKED
     life.say(number, "bob", "/plan")
+    assert life.tick()[0].outcome is Outcome.SUBMITTED
+
+
+def test_memory_that_a_trace_has_shown_to_fit_is_not_refused_by_the_closed_form(life: Life) -> None:
+    place = FilePlace(SMALL)
+    life.found = (Finding("MEM002", Severity.ERROR, place, "training needs about 99 GiB", "write `flavor: h200`"),)
+    number = life.propose(small=experiment())
+    life.merge(number)
+    (report,) = life.tick()
+    assert (report.outcome, report.text) == (Outcome.BLOCKED, "training needs about 99 GiB")
+    (comment,) = life.comments(number, "plan")
+    life.github.comment(number, "mallory", comment.replace(" plan=", " memory=traced plan="))
+    assert life.tick()[0].outcome is Outcome.BLOCKED, "anybody can type a marker"
+    client(life.github).sticky_comment(number, "plan:small", comment.replace(" plan=", " memory=traced plan="))
+    life.found += (Finding("HUB007", Severity.ERROR, place, "the token cannot start jobs", ""),)
+    assert life.tick()[0].text == "the token cannot start jobs", "only memory was traced"
+    life.found = life.found[:1]
     assert life.tick()[0].outcome is Outcome.SUBMITTED
 
 

@@ -7,10 +7,14 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from repository import Repository, make_repository
+
+from pipeline.backends.local import find_mlx
+from pipeline.facts import MlxHere
 
 STAGES = ["train", "merge", "gguf", "evaluate"]
 
@@ -221,3 +225,9 @@ def test_a_full_disk(repo: Repository, tmp_path: Path) -> None:
     assert "No space left on device" in failed.stderr
     assert "Traceback" not in failed.stderr
     assert repo.started() == []
+
+
+def test_the_mlx_of_this_python_is_found() -> None:
+    found = find_mlx()
+    versions = {d.metadata["Name"]: d.version for d in metadata.distributions()}
+    assert found == MlxHere(versions.get("mlx"), versions.get("mlx-lm"))

@@ -35,7 +35,7 @@ UNPRIVILEGED = {"made-unreadable"}  # only a process without root's rights is re
 def good(name: str, dataset: str) -> str:
     """An experiment without a fault of its own."""
     return (
-        f"name: {name}\nhypothesis: held-out loss falls below 1.2\n"
+        f"name: {name}\nhypothesis: the answers become friendlier\n"
         "base: {model: Qwen/Qwen3-0.6B, revision: c1899de289a04d12100db370d81485cdf75e47ca}\n"
         f"data: {{dataset: {dataset}}}\ntrain: {{method: qlora, flavor: t4-small, timeout: 1h}}\n"
         f"output: {{repo: acme/{name}}}\nbudget: {{max_usd: 1}}\n"

@@ -14,7 +14,7 @@ from hub_worlds import BOTH
 from servers import hub_faults
 from servers.hub import LoopbackHub
 
-from pipeline.check import preflight
+from pipeline.check import clashes, preflight
 from pipeline.hub import open_hub
 from pipeline.settings import Settings
 
@@ -218,9 +218,15 @@ def test_preflight_is_the_errors_of_a_check(world: World, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(world.cache))
-    settings = Settings(namespaces=("acme",))
-    for token, rules in ((SECRET, []), (READ, ["HUB010"]), (None, ["HUB005"])):
+
+    def errors(token: str | None) -> list[str]:
         hub = open_hub(world.hub.url, token, timeout_s=5, sleep=lambda _: None)
-        assert [one.rule for one in preflight(world.path, world.root, settings, hub, NOW)] == rules
+        others = clashes(world.root, {}).get(world.path.resolve(), ())
+        found = preflight(world.path, world.root, Settings(namespaces=("acme",)), hub, NOW, others)
+        return [finding.rule for finding in found]
+
+    assert [errors(token) for token in (SECRET, READ, None)] == [[], ["HUB010"], ["HUB005"]]
+    world.path.with_name("twin.yaml").write_text(world.path.read_text().replace("name: coach", "name: twin"))
+    assert errors(SECRET) == ["EXP005"]
     world.path.write_text("name: [")
-    assert [one.rule for one in preflight(world.path, world.root, settings, hub, NOW)] == ["EXP001"]
+    assert errors(SECRET) == ["EXP001"]

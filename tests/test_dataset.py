@@ -210,6 +210,18 @@ def test_the_quickstart_is_exact() -> None:
     assert (facts.tokens.total * 4, facts.tokens.trained * 4, facts.tokens.longest) == (89_824, 60_760, 167)
 
 
+def test_a_seed_counts_only_where_rows_are_held_out() -> None:
+    text = QUICKSTART.read_text(encoding="utf-8")
+    held_out = "  eval: {dataset: experiments/examples/data/quickstart-heldout.jsonl}\n"
+
+    def seen(drawn: str, seed: int) -> DatasetFacts | None:
+        said = text.replace(held_out, drawn).replace("  batch_size: 4\n", f"  batch_size: 4\n  seed: {seed}\n")
+        return read_dataset(parse_experiment(said).experiment, ROOT)
+
+    assert seen("", 1) is seen("", 2)  # read and counted once for all seeds of a sweep
+    assert seen("  eval: {fraction: 0.4}\n", 1) != seen("  eval: {fraction: 0.4}\n", 2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fraction", [0.05, 0.3])
 def test_held_out_rows_and_tokens_are_those_of_training(

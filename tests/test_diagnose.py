@@ -2,7 +2,8 @@
 
 import pytest
 
-from pipeline.diagnose import LONGEST, TAIL_LINES, diagnose, diagnose_message
+from pipeline.diagnose import LONGEST, diagnose, diagnose_message
+from pipeline.log_lines import TAIL_LINES
 
 TRACEBACK = 'Traceback (most recent call last):\n  File "train_sft.py", line 9, in <module>\n'
 
@@ -40,13 +41,17 @@ def test_words_of_the_server_that_say_nothing_are_no_cause(message: str) -> None
         ("RuntimeError: NCCL error: unhandled system error", "the GPU did not start", True),
         ("httpx2.ConnectError: [Errno 111] refused", "a server or the network failed", True),
         ("httpx2.ReadTimeout: timed out", "a server or the network failed", True),
-        ("huggingface_hub.errors.HfHubHTTPError: Server error '503 Service Unavailable'", "not known", False),
+        (
+            "huggingface_hub.errors.HfHubHTTPError: Server error '503 Service Unavailable'",
+            "a server or the network failed",
+            True,
+        ),
         ("HfHubHTTPError: 503 Server Error: Service Unavailable for url", "a server or the network failed", True),
         ("requests failed with HTTP 502", "a server or the network failed", True),
         ("ConnectionResetError: [Errno 104] reset by peer", "a server or the network failed", True),
         ("ValueError: could not read row 503", "not known", False),
         ("KeyError: 'status_500'", "not known", False),
-        ("AssertionError: loss is nan", "not known", False),
+        ("AssertionError: loss is nan", "the training diverged: a loss or a gradient is not a number", False),
     ],
 )
 def test_the_end_of_the_log(line: str, cause: str, transient: bool) -> None:

@@ -198,6 +198,7 @@ def test_logs(hub: LoopbackHub) -> None:
     hub.finish_job(job_id, "ERROR", log="\n".join(f"line {n}" for n in range(3000)))
     text = remote.log("acme", job_id).splitlines()
     assert (text[0], text[-1], len(text)) == ("line 1000", "line 2999", 2000)
+    assert remote.log("acme", job_id, whole=True).splitlines() == [f"line {n}" for n in range(3000)]
     assert list(remote.follow("acme", job_id)) == [f"line {n}" for n in range(3000)]
     assert refused(remote.log, "acme", "0" * 24).access is Access.MISSING
 

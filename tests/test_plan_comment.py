@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from examples import GOOD, changed
+from examples import GOOD, MAC, changed
 from repository import ROOT, Repository, make_repository
 from rule_cases import facts
 from test_markdown import HOSTILE, tokens
@@ -29,6 +29,7 @@ from pipeline.plan_comment import LIMIT, plan_comment
 from pipeline.plan_preview import Preview, plan_as_dict, render_plan
 from pipeline.plan_request import preview_of
 from pipeline.settings import Settings
+from pipeline.traced import TracedMemory
 
 GOLDEN = Path(__file__).parent / "golden"
 LOCAL = changed("dataset: acme/coach", "dataset: data/coach.jsonl", changed("  revision: 5d2\n", ""))
@@ -98,6 +99,22 @@ def invalid() -> Preview:
     return Preview("coach", "experiments/coach.yaml", findings=(found,))
 
 
+TRACED = TracedMemory(
+    allocated=9.07,
+    weights=7.19,
+    adapter=0.32,
+    optimizer=0.16,
+    activations=0.7,
+    head=0.01,
+    scratch=0.69,
+    phase="backward of the last sliding_attention layer",
+    layers=48,
+    traced_layers=(4, 5, 5),
+    fragmentation=0.03,
+    context=0.55,
+)
+
+
 CASES: dict[str, Callable[[], Preview]] = {
     "quickstart": lambda: preview_of(ROOT / "experiments/examples/quickstart.yaml"),
     "chat-qlora": lambda: preview_of(ROOT / "experiments/examples/chat-qlora.yaml"),
@@ -106,9 +123,13 @@ CASES: dict[str, Callable[[], Preview]] = {
     "errors-and-warnings": lambda: preview(
         changed("max_usd: 10", "max_usd: 2", changed(", revision: 96b6f1e", "")), Settings(namespaces=("acne",))
     ),
+    "mlx": lambda: preview(MAC),
+    "mlx-any-chip": lambda: preview(changed("  flavor: m3-max\n", "", MAC)),
     "troubled-data": lambda: preview(dataset=TROUBLED),
     "with-previous": with_previous,
     "hostile": hostile,
+    "traced": lambda: preview(traced=TRACED),
+    "traced-does-not-fit": lambda: preview(traced=replace(TRACED, allocated=24.0, activations=15.63)),
     "invalid": invalid,
     "no-plan": lambda: preview(LOCAL, missing=("data/coach.jsonl",), dataset=None),
 }
@@ -127,7 +148,7 @@ def test_short_plan() -> None:
 def test_the_structure_is_ours_alone(name: str) -> None:
     text = plan_comment(CASES[name]())
     html = [token.content for token in tokens(text) if token.type in ("html_block", "html_inline")]
-    assert re.fullmatch(r"<!-- mergetune:plan:[a-z0-9-]+ fingerprint=\w+ plan=\w+ -->\n", html[0])
+    assert re.fullmatch(r"<!-- mergetune:plan:[a-z0-9-]+ fingerprint=\w+( memory=traced)? plan=\w+ -->\n", html[0])
     assert all(re.fullmatch(r"<details><summary>[\w ,]+</summary>\n|</details>\n", part) for part in html[1:])
     assert text.count("<!--") == 1
     words = [token.content for token in tokens(text) if token.type == "text"]
@@ -153,9 +174,13 @@ def test_decision_comes_first() -> None:
         "fits": "## ✅ `coach` fits `a10g-large`",
         "does-not-fit": "## ❌ `coach` does not fit `a10g-large`",
         "errors-and-warnings": "## ❌ `coach` cannot run: 2 errors",
+        "mlx": "## ✅ `coach` trains on a Mac with MLX",
+        "mlx-any-chip": "## ⚠️ `coach` trains on a Mac with MLX; how long depends on its chip",
         "troubled-data": said["troubled-data"],
         "with-previous": "## ✅ `coach` fits `a10g-large`",
         "hostile": said["hostile"],
+        "traced": "## ✅ `coach` fits `a10g-large`",
+        "traced-does-not-fit": "## ❌ `coach` does not fit `a10g-large`",
         "invalid": "## ❌ `coach` is not a valid experiment",
         "no-plan": "## ❌ `coach` cannot run: 1 error",
     }

@@ -1,7 +1,9 @@
 """The `plan` job's flow against the loopback GitHub: what a pull request is told, where, and when nothing is posted."""
 
 import json
+import sys
 from collections.abc import Iterator
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,22 @@ def github(tmp_path: Path) -> Iterator[LoopbackGitHub]:
         yield server
 
 
-def preflight(github: LoopbackGitHub, root: Path, number: int, token: str | None = None) -> int:
+def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the `plan` job, before it sets up the training stack."""
+    find = PathFinder.find_spec
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(PathFinder, "find_spec", lambda name, *rest: None if name == "torch" else find(name, *rest))
+
+
+def outputs(root: Path) -> dict[str, object]:
+    """The last value of each output of the step."""
+    pairs = (line.partition("=") for line in (root / "output").read_text().splitlines())
+    return {name: json.loads(value) for name, _, value in pairs}
+
+
+def preflight(
+    github: LoopbackGitHub, root: Path, number: int, token: str | None = None, trace_follows: bool = False
+) -> int:
     """Run the flow as a fresh workflow run does; the exit code."""
     event = github.event("pull_request", number)
     tree = checkout(github, f"refs/pull/{number}/head", root / "proposed")
@@ -35,7 +52,7 @@ def preflight(github: LoopbackGitHub, root: Path, number: int, token: str | None
     for name in ("summary.md", "output"):
         (root / name).unlink(missing_ok=True)
     run = workflow_run(github, root, "pull_request", event, token)
-    return run_preflight(run, client(github, token), tree, base)
+    return run_preflight(run, client(github, token), tree, base, trace_follows=trace_follows)
 
 
 def rehearsed(root: Path) -> list[str]:
@@ -68,6 +85,83 @@ def test_a_bad_one_is_annotated_on_its_line_and_not_rehearsed(
     assert rehearsed(tmp_path) == []
     (comment,) = github.comments(number)
     assert "plan=none" in comment.body
+
+
+# A tower whose config leaves out a size: the closed form takes four times its width, the model class 3,072.
+TOWER = {"model_type": "siglip_vision_model", "hidden_size": 40960, "num_hidden_layers": 3, "num_attention_heads": 64}
+TOWER |= {"vision_use_head": False}
+TEXT = {"model_type": "gemma3_text", "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2}
+TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 4096}
+SEEING = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}
+SEEING |= {"text_config": TEXT, "vision_config": TOWER}
+
+
+def on_a_gpu(flavor: str) -> dict[str, str]:
+    """An experiment whose memory the closed form takes for three times what it is."""
+    lora = "lora: {targets: [q_proj, v_proj]}"
+    train = f"{{method: qlora, flavor: {flavor}, timeout: 2h, {lora}}}"
+    text = experiment(**{"{method: lora, flavor: cpu-upgrade, timeout: 10m}": train, "max_usd: 1": "max_usd: 9"})
+    text = text.replace("evaluate: {timeout: 10m, prompts: prompts.jsonl}\n", "").replace(
+        "gguf: {timeout: 10m, quants: [Q8_0]}\n", ""
+    )
+    return {
+        SMALL: text.replace("merge: {timeout: 10m}", "merge: {flavor: cpu-xl, timeout: 2h}"),
+        "base/config.json": json.dumps(SEEING),
+    }
+
+
+def test_what_the_trace_lets_pass_is_a_warning(github: LoopbackGitHub, tmp_path: Path) -> None:
+    number = github.open_pull("try", "alice", files=on_a_gpu("l4x1"))
+    assert preflight(github, tmp_path, number) == 0, (tmp_path / "summary.md").read_text()
+    (comment,) = github.comments(number)
+    assert "`small` fits `l4x1`" in comment.body
+    assert "GiB, traced (closed form" in comment.body
+    assert "**warning** `MEM002`" in comment.body
+    assert rehearsed(tmp_path) == [SMALL]
+
+
+def test_what_the_trace_says_does_not_fit_is_an_error(github: LoopbackGitHub, tmp_path: Path) -> None:
+    files = on_a_gpu("t4-small")
+    files["base/config.json"] = json.dumps(SEEING | {"vision_config": TOWER | {"num_hidden_layers": 6}})
+    number = github.open_pull("try", "alice", files=files)
+    assert preflight(github, tmp_path, number) == 1
+    (comment,) = github.comments(number)
+    assert "does not fit `t4-small`" in comment.body
+    assert "GiB (traced), `t4-small` has 14.56" in comment.body
+
+
+def test_what_cannot_be_traced_the_closed_form_decides(github: LoopbackGitHub, tmp_path: Path) -> None:
+    files = on_a_gpu("l4x1")
+    files["base/config.json"] = json.dumps(SEEING | {"model_type": "gemma4"})
+    number = github.open_pull("try", "alice", files=files)
+    assert preflight(github, tmp_path, number) == 1
+    (comment,) = github.comments(number)
+    assert "no trace: `gemma4` cannot be traced" in comment.body
+    assert "does not fit `l4x1`" in comment.body
+
+
+def test_memory_in_question_waits_for_the_call_that_can_trace(
+    github: LoopbackGitHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_torch(monkeypatch)
+    number = github.open_pull("try", "alice", files=on_a_gpu("l4x1"))
+    assert preflight(github, tmp_path, number, trace_follows=True) == 0
+    assert outputs(tmp_path) == {"trace": True, "rehearse": []}
+    assert github.comments(number) == []
+    assert "::error" not in capsys.readouterr().out
+    assert preflight(github, tmp_path, number) == 1, "where no trace follows, the closed form decides"
+    assert outputs(tmp_path) == {"trace": False, "rehearse": []}
+
+
+@pytest.mark.parametrize("flavor", ["cpu-upgrade", "nothing-like-it"])
+def test_what_no_trace_would_change_is_said_at_once(
+    github: LoopbackGitHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flavor: str
+) -> None:
+    without_torch(monkeypatch)
+    number = github.open_pull("try", "alice", files={SMALL: experiment(**{"flavor: cpu-upgrade": f"flavor: {flavor}"})})
+    assert preflight(github, tmp_path, number, trace_follows=True) == int(flavor != "cpu-upgrade")
+    assert outputs(tmp_path)["trace"] is False
+    assert len(github.comments(number)) == 1
 
 
 def test_pushed_again_the_same_comment_changes(github: LoopbackGitHub, tmp_path: Path) -> None:

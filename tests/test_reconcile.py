@@ -268,9 +268,11 @@ def test_the_budget_holds_what_is_spent_and_the_worst_case_of_all_that_is_left()
 
 def test_hints_hold_the_callers_own_values() -> None:
     ran_out = seen(job(FAILED), logs={"train-1": "torch.OutOfMemoryError: CUDA out of memory"})
-    assert decide(PLAN, ran_out, NOW, LIMITS).hint == "`mergetune fit experiments/coach.yaml`"
+    assert decide(PLAN, ran_out, NOW, LIMITS).hint == (
+        "`train.max_length: 2048 → 1024`, or `train.flavor: a10g-large → l40sx1`"
+    )
     timeout = seen(job(FAILED, message="Job timeout"))
-    assert decide(PLAN, timeout, NOW, LIMITS).hint == "raise `train.timeout`, then `mergetune retry coach`"
+    assert decide(PLAN, timeout, NOW, LIMITS).hint == "`train.timeout: 4h → 6h`, then `mergetune retry coach`"
     braces = 'MERGETUNE {"event": "error", "message": "no {x}", "hint": "write {y} in {path}"}'
     told = decide(PLAN, seen(job(FAILED), logs={"train-1": braces}), NOW, LIMITS)
     assert (told.why.split(": ")[0], told.hint) == ("no {x}", "write {y} in experiments/coach.yaml")

@@ -61,6 +61,16 @@ def test_report() -> None:
     assert render_report(result()) == (GOLDEN / "report.md").read_text(encoding="utf-8")
 
 
+def test_a_base_that_was_quantised_for_the_training_is_named() -> None:
+    made = result()
+    on = {"model": "mlx-community/`x`-4bit", "revision": "1a2b3c4", "quantization": {"bits": 4, "group_size": 64}}
+    trained = {**made.manifests[StageName.TRAIN], "trained_on": on}
+    text = render_report(replace(made, manifests={**made.manifests, StageName.TRAIN: trained}))
+    assert "- trained on ``mlx-community/`x`-4bit``, quantised to `4` bits\n" in text
+    plain = {**trained, "trained_on": {**on, "quantization": None}}
+    assert "- trained on" not in render_report(replace(made, manifests={StageName.TRAIN: plain}))
+
+
 def test_a_report_of_what_there_is() -> None:
     only = replace(result(), manifests={StageName.GGUF: result().manifests[StageName.GGUF]})
     text = render_report(only)

@@ -13,6 +13,7 @@ from pipeline.loader import parse_experiment
 from pipeline.models import CATALOGUE
 from pipeline.rules import ALL_RULES, Subject
 from pipeline.settings import Settings
+from pipeline.traced import TracedMemory
 
 FACTS = Facts(shape=CATALOGUE["google/gemma-3-12b-it"])
 HUGE = Facts(shape=replace(CATALOGUE["google/gemma-3-27b-it"], layers=200))
@@ -37,7 +38,39 @@ BAD = [
         "write `name: coach`",
     ),
     ("EXP003", ", revision: 96b6f1e", "", FACTS, "`google/gemma-3-12b-it` is not pinned", "add `revision: <commit>`"),
+    (
+        "EXP003",
+        "  flavor: a10g-large\n  timeout: 4h\n",
+        "  backend: mlx\n  mlx: {base: mlx-community/gemma-3-12b-it-4bit}\n",
+        FACTS,
+        "`mlx-community/gemma-3-12b-it-4bit` is not pinned",
+        "under `train.mlx`",
+    ),
     ("EXP003", "  revision: 5d2\n", "", FACTS, "`acme/coach` is not pinned", "under `data`"),
+    (
+        "EXP009",
+        "  eval: {fraction: 0.05}\n",
+        "",
+        FACTS,
+        "`held-out loss below 1.2` will not be measured: no rows are held out",
+        "add `eval: {fraction: 0.05}` under `data`",
+    ),
+    (
+        "EXP009",
+        "falls below 1.2",
+        "and training perplexity below 3",
+        FACTS,
+        "`training perplexity below 3` will not be measured: no stage gives it",
+        "name a held-out one instead",
+    ),
+    (
+        "EXP009",
+        "^hypothesis: (.*)\n((?:.*\n)*?)evaluate: .*\n",
+        r"hypothesis: the loss falls by 10 %\n\2",
+        FACTS,
+        "`held-out loss falls by 10 %` will not be measured: nothing compares with the base",
+        "add `evaluate: {timeout: 1h}`",
+    ),
     (
         "EXP004",
         "dataset: acme/coach",
@@ -144,3 +177,41 @@ def test_the_timeout_of_the_duration_hint_is_accepted() -> None:
     assert finding is not None
     timeout = finding.hint.split("`")[1]
     assert finding_of("TIM003", changed("timeout: 4h", timeout), facts) is None
+
+
+TRACED = TracedMemory(9.0, 7.2, 0.3, 0.2, 0.7, 0.0, 0.6, "backward", 48, (4, 5, 5), fragmentation=0.03, context=0.55)
+NOT_BY_CLOSED_FORM = ("max_length: 2048", "max_length: 65536")
+
+
+@pytest.mark.parametrize(
+    ("changes", "allocated", "severity", "message"),
+    [
+        ((), 9.0, None, ""),
+        (("max_length: 2048", "max_length: 16384"), 19.4, None, ""),  # the closed form is not sure, the trace is
+        (
+            NOT_BY_CLOSED_FORM,
+            20.0,
+            "warning",
+            "by the closed form training needs 61.0 to 74.6 GiB, by the trace 21.2 GiB",
+        ),
+        ((), 21.0, "error", "training needs 22.2 GiB (traced), `a10g-large` has 22.06"),
+        (NOT_BY_CLOSED_FORM, 200.0, "error", "training needs 206.6 GiB (traced)"),
+    ],
+)
+def test_a_trace_decides_about_memory(
+    changes: tuple[str, str], allocated: float, severity: str | None, message: str
+) -> None:
+    facts = replace(FACTS, traced=replace(TRACED, allocated=allocated))
+    finding = finding_of("MEM002", changed(*changes) if changes else GOOD, facts)
+    assert (finding and finding.severity) == severity
+    if finding is not None:
+        assert message in finding.message
+        larger = "a smaller `max_length`" if allocated > 100 else "`flavor: l40sx1`, or a smaller `max_length`"
+        assert finding.hint == (f"write {larger}" if severity == "error" else finding.hint)
+
+
+def test_a_trace_decides_where_no_closed_form_is_known() -> None:
+    facts = replace(FACTS, shape=None, traced=replace(TRACED, allocated=29.97))
+    finding = finding_of("MEM002", GOOD, facts)
+    assert finding is not None
+    assert "training needs 31.4 GiB (traced)" in finding.message

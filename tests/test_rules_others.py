@@ -61,3 +61,28 @@ def test_relatives_are_those_that_could_clash() -> None:
     taken = other(changed("r: 64", "r: 8"), name="taken", repo="acme/Mine")
     found = [{one.name for one in group} for group in relatives([mine, copy, sweep, taken])]
     assert found == [{"mine", "copy", "taken"}, {"mine", "copy"}, {"sweep"}, {"mine", "taken"}]
+
+
+def warm(steps: object) -> str:
+    """The good experiment with a field of TRL's."""
+    return changed("^  learning_rate: 2e-4$", f"  learning_rate: 2e-4\n  sft: {{warmup_steps: {steps}}}")
+
+
+def test_a_sweep_over_one_field_of_trl_has_no_relatives() -> None:
+    sweep = [other(warm(n), f"x-{n}", f"acme/x-{n}") for n in range(9)]
+    assert all(set(map(id, group)) == {id(one)} for one, group in zip(sweep, relatives(sweep), strict=True))
+
+
+def test_of_many_of_a_kind_each_hears_of_one() -> None:
+    many = [other(name=f"copy-{n}", repo="acme/one") for n in range(50)]
+    groups = relatives(many)
+    assert max(map(len, groups)) == 4
+    for experiment, group in zip(many, groups, strict=True):
+        assert {one.name for one in group if one is not experiment} <= {"copy-0", "copy-1"}
+        assert any(one is not experiment for one in group)
+
+
+def test_equal_is_equal_however_it_is_written() -> None:
+    whole, point, text = (other(warm(value), f"x-{n}", f"acme/x-{n}") for n, value in enumerate(("1", "1.0", "'1'")))
+    found = [{one.name for one in group} for group in relatives([whole, point, text])]
+    assert found == [{"x-0", "x-1"}, {"x-0", "x-1"}, {"x-2"}]

@@ -151,7 +151,8 @@ def test_who_sees_which_secret() -> None:
         "pages": set(),
     }
     holders = [step["run"] for name, _, step in STEPS if "secrets.HF_READ_TOKEN" in str(step)]
-    assert holders == ["mergetune preflight --tree proposed --base-tree ."]
+    verb = "mergetune preflight --tree proposed --base-tree ."
+    assert holders == [f"{verb} --trace-follows", verb]
 
 
 def test_a_job_with_a_secret_has_no_cache() -> None:
@@ -180,8 +181,15 @@ def test_the_job_that_may_comment_runs_the_base_and_reads_the_proposal() -> None
         assert "base" in first["with"]["ref"] or first["with"]["ref"] == "main"
         assert second["with"]["path"] == "proposed"
         scripts = [step["run"] for step in job["steps"] if "run" in step]
-        assert len(scripts) == 1
-        assert scripts[0].startswith("mergetune ")
+        assert all(script.startswith(f"mergetune {key if key == 'command' else name}") for script in scripts)
+
+
+def test_memory_is_traced_only_where_it_is_in_question() -> None:
+    job = load("preflight")["jobs"]["plan"]
+    conditions = [step.get("if") for step in job["steps"]]
+    assert conditions[-2:] == ["steps.preflight.outputs.trace == 'true'"] * 2
+    assert not any(conditions[:-2])
+    assert job["outputs"]["rehearse"].startswith("${{ steps.traced.outputs.rehearse || ")
 
 
 def test_preflight_has_no_filter_and_one_gate_that_always_runs() -> None:

@@ -4,6 +4,7 @@ The personal token goes to the job as a secret by value, and nowhere else. Names
 client's own defaults list the wrong account's jobs.
 """
 
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -40,6 +41,7 @@ ENVIRONMENT = {
 }
 SMALL_BYTES = 4_000_000
 LOG_LINES = 2000
+MOST_LINES = 200_000  # of a whole log: more than any training says, and what memory holds
 READERS = 32  # logs that are read at once
 
 
@@ -127,9 +129,9 @@ class HfJobs:
             raise
         return self._seen(job, namespace)
 
-    def log(self, namespace: str, job_id: str) -> str:
-        """The last lines of a job's log."""
-        return self.hub.ask(lambda: self._log(namespace, job_id))
+    def log(self, namespace: str, job_id: str, *, whole: bool = False) -> str:
+        """The last lines of a job's log, or all of it: the first cause of a failure may stand far above its end."""
+        return self.hub.ask(lambda: self._log(namespace, job_id, None if whole else LOG_LINES))
 
     def logs(self, namespace: str, job_ids: Collection[str]) -> Mapping[str, str]:
         """The logs of several jobs, each asked for once.
@@ -175,9 +177,9 @@ class HfJobs:
         """The commit that a revision names now."""
         return self.hub.resolve(repo, kind, revision)
 
-    def _log(self, namespace: str, job_id: str) -> str:
-        lines = self.hub.api.fetch_job_logs(job_id=job_id, namespace=namespace, tail=LOG_LINES, token=self._token)
-        return "\n".join(lines)
+    def _log(self, namespace: str, job_id: str, tail: int | None = LOG_LINES) -> str:
+        lines = self.hub.api.fetch_job_logs(job_id=job_id, namespace=namespace, tail=tail, token=self._token)
+        return "\n".join(deque(lines, MOST_LINES))
 
     def _seen(self, job: JobInfo, namespace: str) -> SeenJob | None:
         """A job as ours, None for one that is not: without our labels."""
@@ -192,7 +194,7 @@ class HfJobs:
             raise HubError(Access.UNREACHABLE, f"job `{job.id}` is in a state this version does not know")
         message = job.status.message or ""
         if state in (JobState.FAILED, JobState.CANCELLED):
-            message = self._reason(namespace, job.id) or message
+            message = self.reason(namespace, job.id) or message
         volumes = [volume.source for volume in job.volumes or () if volume.type == "model"]
         return SeenJob(
             id=job.id,
@@ -210,7 +212,7 @@ class HfJobs:
             url=job.url,
         )
 
-    def _reason(self, namespace: str, job_id: str) -> str:
+    def reason(self, namespace: str, job_id: str) -> str:
         """The server's words on why a job ended: message and cancel reason, of which the client drops the second."""
         url = f"{self.hub.endpoint}/api/jobs/{quote(namespace, safe='')}/{quote(job_id, safe='')}"
         headers = self.hub.api._build_hf_headers(token=self._token)

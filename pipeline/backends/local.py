@@ -15,16 +15,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
 from pipeline.backends.process import OnEvent, follow, living_pid, note_pids
 from pipeline.errors import UserError
 from pipeline.events import EVENT_PREFIX
-from pipeline.facts import Facts
+from pipeline.facts import Facts, MlxHere
 from pipeline.fields import is_path
 from pipeline.parallel import ALONE, Parallel
-from pipeline.plan import Plan, Stage, StageName
+from pipeline.plan import Plan, Stage, StageName, mlx_base
 from pipeline.run_json import make_inputs, make_run_json
 
 Manifest = dict[str, Any]
@@ -65,6 +66,17 @@ def find_device() -> str:
         return "cpu"
     answer = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False)
     return "cuda" if answer.returncode == 0 and "GPU" in answer.stdout else "cpu"
+
+
+def find_mlx() -> MlxHere:
+    """The versions of MLX that this Python has: it is the one that runs the job scripts."""
+    found: list[str | None] = []
+    for name in ("mlx", "mlx-lm"):
+        try:
+            found.append(metadata.version(name))
+        except metadata.PackageNotFoundError:
+            found.append(None)
+    return MlxHere(found[0], found[1])
 
 
 @contextmanager
@@ -207,7 +219,9 @@ def _run_json(run: LocalRun, stage: Stage) -> dict[str, Any]:
 
 
 def _environment(run: LocalRun) -> dict[str, str]:
-    offline = is_path(run.plan.experiment.base.model) and is_path(run.plan.experiment.data.dataset)
+    experiment = run.plan.experiment
+    sources = (experiment.base.model, experiment.data.dataset, mlx_base(experiment) or ".")
+    offline = all(is_path(source) for source in sources)
     quiet = {"PYTHONUNBUFFERED": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
     # Threads that wait must sleep: spinning ones take the cores they wait for as soon as anything else runs, such as
     # the build of llama.cpp beside training (measured on 2 busy cores: 34 s against 11 s for the same steps).

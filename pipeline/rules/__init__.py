@@ -29,6 +29,7 @@ from pipeline.rules.experiment import (
     budget_within_settings,
     files_are_there,
     flavors_exist,
+    hypothesis_is_measured,
     name_is_the_files_name,
     namespace_allowed,
     revision_pinned,
@@ -40,6 +41,18 @@ from pipeline.rules.hardware import batches_are_shared, gpus_are_used, quantised
 from pipeline.rules.host import disk_suffices, evaluation_fits, ram_suffices
 from pipeline.rules.hub import nothing_secret, repositories_named
 from pipeline.rules.loss import answers_can_be_found, history_is_read_once
+from pipeline.rules.mlx import (
+    base_can_be_merged_into,
+    bases_are_one_model,
+    flavor_is_a_chip,
+    layers_are_there,
+    mlx_has_a_word,
+    mlx_is_here,
+    mlx_knows_base,
+    quantised_as_said,
+    timeout_is_left_out,
+    training_fits_a_mac,
+)
 from pipeline.rules.online import (
     base_is_readable,
     dataset_is_readable,
@@ -106,6 +119,7 @@ ALL_RULES: tuple[Rule, ...] = (
     Rule("EXP006", not_done_before),
     Rule("EXP007", base_has_a_config),
     Rule("EXP008", base_can_read_text),
+    Rule("EXP009", hypothesis_is_measured),
     Rule("HUB002", repositories_named),
     Rule("HUB003", nothing_secret),
     Rule("HUB004", hub_answers),
@@ -168,6 +182,16 @@ ALL_RULES: tuple[Rule, ...] = (
     Rule("TRK001", tracking_stays_private),
     Rule("TRK002", tracking_in_one_place),
     Rule("TRK003", trackio_is_installed),
+    Rule("MLX001", mlx_is_here),
+    Rule("MLX002", flavor_is_a_chip),
+    Rule("MLX003", timeout_is_left_out),
+    Rule("MLX004", mlx_has_a_word),
+    Rule("MLX005", quantised_as_said),
+    Rule("MLX006", base_can_be_merged_into),
+    Rule("MLX007", bases_are_one_model),
+    Rule("MLX008", mlx_knows_base),
+    Rule("MLX009", layers_are_there),
+    Rule("MLX010", training_fits_a_mac),
     Rule("REL001", converter_knows_base),
     Rule("REL002", gguf_can_chat),
     Rule("REL003", quants_keep_quality),

@@ -3,10 +3,11 @@
 import math
 
 from pipeline.errors import Severity
-from pipeline.experiment import nearest
+from pipeline.experiment import Backend, nearest
 from pipeline.fields import is_path
 from pipeline.flavors import FLAVORS
-from pipeline.plan import make_plan
+from pipeline.hypothesis import Claim, read_claims
+from pipeline.plan import make_plan, mlx_base
 from pipeline.rules.rule import Subject, Verdict
 
 MARGIN = 1.3  # of the expected duration: what a timeout must leave
@@ -37,7 +38,33 @@ def revision_pinned(subject: Subject) -> Verdict | None:
     if not is_path(experiment.data.dataset) and experiment.data.revision is None:
         hint = f"add `revision: <commit>` under `data` (the commit `{experiment.data.dataset}` is at today)"
         return Verdict("data.dataset", f"`{experiment.data.dataset}` is not pinned", hint, Severity.WARNING)
+    mlx = experiment.train.mlx
+    if mlx and mlx.base and not is_path(mlx.base) and mlx.revision is None:
+        hint = f"add `revision: <commit>` under `train.mlx` (the commit `{mlx.base}` is at today)"
+        return Verdict("train.mlx.base", f"`{mlx.base}` is not pinned", hint, Severity.WARNING)
     return None
+
+
+def hypothesis_is_measured(subject: Subject) -> Verdict | None:
+    """What the hypothesis claims is measured by a stage
+
+    Why: The results hold a hypothesis to every loss and perplexity that it names. One that nothing measures stays open.
+    Fix: Hold rows out with `data.eval`; a perplexity and a fall in percent need the `evaluate` stage too, which asks
+    the base as well.
+    """
+    experiment = subject.file.experiment
+    for claim in read_claims(experiment.hypothesis):
+        needs_base = claim.percent or claim.metric.endswith("perplexity")
+        if claim.metric.startswith("held-out") and experiment.data.eval is None:
+            return _unmeasured(claim, "no rows are held out", "add `eval: {fraction: 0.05}` under `data`")
+        if needs_base and (experiment.evaluate is None or claim.metric.startswith("training")):
+            hint = "add `evaluate: {timeout: 1h}`" if experiment.evaluate is None else "name a held-out one instead"
+            return _unmeasured(claim, "nothing compares with the base" if claim.percent else "no stage gives it", hint)
+    return None
+
+
+def _unmeasured(claim: Claim, why: str, hint: str) -> Verdict:
+    return Verdict("hypothesis", f"`{claim}` will not be measured: {why}", hint, Severity.WARNING)
 
 
 def files_are_there(subject: Subject) -> Verdict | None:
@@ -50,7 +77,7 @@ def files_are_there(subject: Subject) -> Verdict | None:
         return None
     path = subject.facts.missing[0]
     key = _key_of(subject, path)
-    kind = "folder" if key == "base.model" else "file"
+    kind = "folder" if key in ("base.model", "train.mlx.base") else "file"
     return Verdict(key, f"`{path}` is no {kind} of this repository", f"commit that {kind}, or correct the path")
 
 
@@ -78,6 +105,8 @@ def flavors_exist(subject: Subject) -> Verdict | None:
     experiment = subject.file.experiment
     for section in ("train", "merge", "gguf", "evaluate"):
         stage = getattr(experiment, section)
+        if section == "train" and experiment.train.backend is Backend.MLX:
+            continue  # a chip, and another rule's
         if stage is not None and stage.flavor not in FLAVORS:
             near = nearest(stage.flavor, FLAVORS) or "a10g-large"
             return Verdict(f"{section}.flavor", f"there is no flavor `{stage.flavor}`", f"write `flavor: {near}`")
@@ -98,7 +127,8 @@ def worst_case_within_budget(subject: Subject) -> Verdict | None:
         return None
     train = plan.stages[0]
     rest = plan.worst_usd - train.cost.worst_usd
-    minutes = int((budget - rest) / train.flavor.usd_per_minute)
+    price = train.flavor.usd_per_minute  # nothing on a Mac
+    minutes = int((budget - rest) / price) if price else 0
     fits = f"write `timeout: {minutes}m` under `train`, or " if minutes > 0 else ""
     message = f"every stage running into its timeout costs ${plan.worst_usd:.2f}, the budget is ${budget:.2f}"
     return Verdict("budget.max_usd", message, f"{fits}write `max_usd: {plan.worst_usd:.2f}`")
@@ -141,5 +171,6 @@ def _key_of(subject: Subject, path: str) -> str:
     evaluate, held_out = experiment.evaluate, experiment.data.eval
     named = {"base.model": experiment.base.model, "data.dataset": experiment.data.dataset}
     named |= {"train.script": experiment.train.script or "", "evaluate.prompts": (evaluate and evaluate.prompts) or ""}
+    named |= {"train.mlx.base": mlx_base(experiment) or ""}
     named |= {"data.eval.dataset": (held_out and held_out.dataset) or ""}
     return next(key for key, value in named.items() if value == path)

@@ -1,24 +1,33 @@
 """Rules about GPUs: does training fit those of its flavor, and does it use all of them?"""
 
 from pipeline.errors import Severity
-from pipeline.experiment import Method
+from pipeline.experiment import Experiment, Method
 from pipeline.fit import cheapest_flavor, largest_max_length
-from pipeline.flavors import FLAVORS, gpu_flavors
-from pipeline.memory import spec_of
+from pipeline.flavors import FLAVORS, Flavor, gpu_flavors
+from pipeline.memory import MemoryEstimate, spec_of
+from pipeline.models import ModelShape
 from pipeline.parallel import Parallel, Sharing, estimate_memory, need_of, parallel_of
 from pipeline.rules.rule import Subject, Verdict
+from pipeline.traced import TracedMemory
 
 
 def training_fits(subject: Subject) -> Verdict | None:
     """Training fits the GPU of its flavor
 
-    Why: Out of memory at step 1 costs the start of a machine and an hour of somebody's attention.
+    Why: Out of memory at step 1 costs the start of a machine and an hour of somebody's attention. The closed form is
+    right to ±10 %; where `mergetune plan --trace` was asked for, or preflight could trace, the trace decides.
     Fix: A larger flavor, a smaller `max_length` or `batch_size`, or `method: qlora`.
     """
     experiment, shape = subject.file.experiment, subject.facts.shape
-    flavor = FLAVORS.get(experiment.train.flavor)
-    if shape is None or flavor is None or flavor.gpu is None or quantised_base_is_whole(subject):
+    flavor, traced = FLAVORS.get(experiment.train.flavor), subject.facts.traced
+    if flavor is None or flavor.gpu is None or quantised_base_is_whole(subject):
         return None
+    if traced is not None:
+        return _by_trace(traced, estimate_memory(experiment, shape) if shape else None, flavor)
+    return _by_closed_form(experiment, shape, flavor) if shape else None
+
+
+def _by_closed_form(experiment: Experiment, shape: ModelShape, flavor: Flavor) -> Verdict | None:
     estimate = estimate_memory(experiment, shape)
     fits = estimate.fits(flavor)
     if fits is True:
@@ -34,6 +43,24 @@ def training_fits(subject: Subject) -> Verdict | None:
     message = f"training {word} {needed}, `{flavor.name}` has {flavor.vram_gib:g} GiB"
     severity = Severity.ERROR if fits is False else Severity.WARNING
     return Verdict("train.flavor", message, hint, severity)
+
+
+def _by_trace(traced: TracedMemory, estimate: MemoryEstimate | None, flavor: Flavor) -> Verdict | None:
+    """The trace blocks; a closed form that it contradicts only warns."""
+    need = f"{traced.total:.1f} GiB"
+    if not traced.fits(flavor):
+        larger = next((other for other in gpu_flavors() if traced.fits(other)), None)
+        hint = f"write `flavor: {larger.name}`, or a smaller `max_length`" if larger else "write a smaller `max_length`"
+        return Verdict("train.flavor", f"training needs {need} (traced), `{flavor.name}` has {flavor.vram_gib:g}", hint)
+    if estimate is None or estimate.fits(flavor) is not False:
+        return None
+    message = (
+        f"by the closed form training needs {estimate.low:.1f} to {estimate.high:.1f} GiB, by the trace {need}:"
+        f" it fits the {flavor.vram_gib:g} GiB of `{flavor.name}`"
+    )
+    return Verdict(
+        "train.flavor", message, "leave it: the trace counts what the closed form estimates", Severity.WARNING
+    )
 
 
 def quantised_base_is_whole(subject: Subject) -> Verdict | None:

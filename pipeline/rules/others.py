@@ -3,6 +3,8 @@
 from collections import defaultdict
 from collections.abc import Sequence
 
+from pydantic import BaseModel
+
 from pipeline.errors import Severity
 from pipeline.experiment import Experiment
 from pipeline.plan import NOT_IN_FINGERPRINT
@@ -12,13 +14,17 @@ NOT_DECIDING = {*NOT_IN_FINGERPRINT, "seed"}
 
 
 def relatives(experiments: Sequence[Experiment]) -> list[tuple[Experiment, ...]]:
-    """For each experiment the ones it could clash with: what `Facts.others` needs. One pass over all files."""
+    """For each experiment the ones it clashes with: what `Facts.others` needs. One pass over all files.
+
+    Two of a kind are enough to name another one, and the cost stays linear where thousands are of one kind.
+    """
     by_repo: dict[str, list[Experiment]] = defaultdict(list)
-    by_choice: dict[tuple[object, ...], list[Experiment]] = defaultdict(list)
-    for experiment in experiments:
-        by_repo[experiment.output.repo.lower()].append(experiment)
-        by_choice[_coarse(experiment)].append(experiment)
-    return [(*by_repo[one.output.repo.lower()], *by_choice[_coarse(one)]) for one in experiments]
+    by_choice: dict[object, list[Experiment]] = defaultdict(list)
+    kinds = [(by_repo[one.output.repo.lower()], by_choice[_choices(one)]) for one in experiments]
+    for experiment, (repo, choice) in zip(experiments, kinds, strict=True):
+        repo.append(experiment)
+        choice.append(experiment)
+    return [(*repo[:2], *choice[:2]) for repo, choice in kinds]
 
 
 def output_is_its_own(subject: Subject) -> Verdict | None:
@@ -44,9 +50,9 @@ def not_done_before(subject: Subject) -> Verdict | None:
     Fix: Change what the hypothesis is about, or say in `hypothesis` that this is a repetition.
     """
     mine = subject.file.experiment
-    coarse = _coarse(mine)
-    alike = (one for one in subject.facts.others if one is not mine and _coarse(one) == coarse)
-    twin = next((one for one in alike if _same(one, mine)), None)
+    others = [one for one in subject.facts.others if one is not mine]
+    choices = _choices(mine) if others else None
+    twin = next((one for one in others if _choices(one) == choices), None)
     if twin is None:
         return None
     if twin.train.seed == mine.train.seed:
@@ -57,20 +63,21 @@ def not_done_before(subject: Subject) -> Verdict | None:
     return Verdict("train.seed", message, hint, Severity.WARNING)
 
 
-def _coarse(experiment: Experiment) -> tuple[object, ...]:
-    """What two copies surely share, quick to compare: base, rows, and the numbers that a sweep changes."""
-    train = experiment.train
-    rank = train.lora.r if train.lora else None
-    return experiment.base.model, experiment.data.dataset, train.learning_rate, train.epochs, rank
+def _choices(experiment: Experiment) -> object:
+    """Everything that decides the result, but for the seed: equal for two that do the same, and good as a key."""
+    train = {key: value for key, value in experiment.train if key not in NOT_DECIDING}
+    quants = experiment.gguf.quants if experiment.gguf else None
+    return _key([experiment.base, experiment.data, quants, train])
 
 
-def _same(other: Experiment, mine: Experiment) -> bool:
-    """True when everything that decides the result is equal, but for the seed."""
-    quants = [one.gguf.quants if one.gguf else None for one in (other, mine)]
-    decides = [name for name in type(mine.train).model_fields if name not in NOT_DECIDING]
-    return (
-        other.base == mine.base
-        and other.data == mine.data
-        and quants[0] == quants[1]
-        and all(getattr(other.train, name) == getattr(mine.train, name) for name in decides)
-    )
+def _key(value: object) -> object:
+    """The value as what can be a key of a dictionary, equal where the values are."""
+    match value:
+        case BaseModel():
+            return _key(vars(value))
+        case dict():
+            return frozenset((name, _key(entry)) for name, entry in value.items())
+        case list():
+            return tuple(map(_key, value))
+        case _:
+            return value

@@ -1,5 +1,7 @@
 """What a rule is and what it is given. Holds no rule."""
 
+import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,6 +36,17 @@ class Rule:
 
     id: str
     check: Callable[[Subject], Verdict | None]
+
+    @property
+    def title(self) -> str:
+        """The first line of its page."""
+        return inspect.cleandoc(self.check.__doc__ or "").partition("\n")[0]
+
+    @property
+    def link(self) -> str:
+        """Where its page is, as GitHub names the place."""
+        heading = re.sub(r"[^\w -]", "", f"{self.id}: {self.title}".lower())
+        return f"docs/rules.md#{heading.replace(' ', '-')}"
 
     def run(self, subject: Subject) -> Finding | None:
         """The finding at its place in the file, or None."""

@@ -78,7 +78,7 @@ def token_outlives_plan(subject: Subject) -> Verdict | None:
         return None
     experiment = subject.file.experiment
     stages = [experiment.train, experiment.merge, experiment.gguf, experiment.evaluate]
-    ends = hub.asked_at + timedelta(seconds=sum(stage.timeout for stage in stages if stage))
+    ends = hub.asked_at + timedelta(seconds=sum(stage.timeout or 0 for stage in stages if stage))
     if ends < hub.token.expires_at:
         return None
     message = f"the token expires {hub.token.expires_at:%Y-%m-%d %H:%M} UTC, the stages may run until"

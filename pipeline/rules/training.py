@@ -3,7 +3,7 @@
 from typing import Any
 
 from pipeline.errors import Severity, excerpt
-from pipeline.experiment import OWNED_BY_TRAIN, Method, nearest
+from pipeline.experiment import OWNED_BY_TRAIN, Backend, Method, nearest
 from pipeline.rules.rule import Subject, Verdict
 
 # What scripts/train_sft.py decides (its FIELD_OF and OWNED; a test compares), less what another rule explains.
@@ -97,6 +97,8 @@ def sft_fields_current(subject: Subject) -> Verdict | None:
     Why: The old name still works, with a warning, until the next TRL.
     Fix: Write the new one.
     """
+    if subject.file.experiment.train.backend is Backend.MLX:
+        return None  # no SFTConfig: the names are those of scripts/train_mlx.py
     for key, value in subject.file.experiment.train.sft.items():
         if key in RENAMED:
             hint = f"write `{RENAMED[key]}: {_yaml(value)}`"

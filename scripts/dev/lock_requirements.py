@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = {"core": ".", "hub": ".[hub,count]", "train": ".[train,hub,count]", "dev": ".[train,hub,count,dev]"}
+FILES = {"core": ".", "hub": ".[hub,count]", "train": ".[train,hub,count]", "dev": ".[train,hub,count,mlx,dev]"}
+# What is made for one system alone, and comes along only there.
+ONLY = {"mlx-cpu": "; sys_platform == 'linux'", "mlx-metal": "; sys_platform == 'darwin'"}
 
 
 def resolve(target: str) -> dict[str, str]:
@@ -41,7 +43,8 @@ def main() -> None:
         names = pins if name == "dev" else resolve(target)
         text = f"# `make lock` wrote this: what `pip install {target}` needs.\n"
         text += "".join(
-            f"{package}=={pins.get(package, version)}\n" for package, version in sorted(dict(names).items())
+            f"{package}=={pins.get(package, version)}{ONLY.get(package, '')}\n"
+            for package, version in sorted(dict(names).items())
         )
         (ROOT / "requirements" / f"{name}.txt").write_text(text, encoding="utf-8")
         print(f"requirements/{name}.txt: {len(names)} packages")

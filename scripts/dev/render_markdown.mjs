@@ -51,7 +51,7 @@ async function drawCharts(page, scheme) {
     try {
       await window.mermaid.run({ querySelector: "pre.mermaid" });
     } catch (error) {
-      return String(error.message ?? error);
+      return String(error.message ?? error).replaceAll("\n", " ");
     }
   }, scheme === "light" ? "default" : "dark");
   if (wrong) {
