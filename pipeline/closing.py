@@ -15,9 +15,12 @@ from pipeline.remote import JobState, Remote, SeenJob, StageView, stage_folder
 from pipeline.world import World
 
 
-def close_run(world: World, book: Book, plan: Plan, seen: Seen, verdict: Verdict, text: str) -> None:
-    """Push the finish tag of a run: from here on it is final."""
-    tag_run(world, book, plan.run_id, verdict, text, seen, make_summary(plan, seen))
+def close_run(
+    world: World, book: Book, plan: Plan, seen: Seen, verdict: Verdict, text: str, **more: str | list[str]
+) -> None:
+    """Push the finish tag of a run: from here on it is final. `more` is kept in its summary, unless it is empty."""
+    kept = {key: value for key, value in more.items() if value}
+    tag_run(world, book, plan.run_id, verdict, text, seen, make_summary(plan, seen) | kept)
 
 
 def tag_run(

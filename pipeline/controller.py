@@ -150,13 +150,13 @@ def _carry_out(world: World, book: Book, look: _Look, allowance: _Allowance, dry
             return _report(look, Outcome.YOURS, f"{stage} {why}", hint, stage=stage)
         case Submit():
             return _submit(world, look, action, allowance, dry_run)
-        case GiveUp(stage, why, hint, cancelled):
+        case GiveUp(stage, why, hint, cancelled, lines):
             outcome = Outcome.CANCELLED if cancelled else Outcome.FAILED
             text = f"{stage}: {why}"
             if not dry_run:
                 verdict = Verdict.CANCELLED if cancelled else Verdict.FAILED
                 seen = _stop(world, plan, seen)
-                close_run(world, book, plan, seen, verdict, text)
+                close_run(world, book, plan, seen, verdict, text, hint=hint, lines=list(lines))
                 shut_late_jobs_out(world.remote, plan, stage, seen)
             return _report(look, outcome, text, hint, stage=stage)
         case Finish():

@@ -107,12 +107,13 @@ class Ask:
 
 @dataclass(frozen=True)
 class GiveUp:
-    """The run cannot go on by itself."""
+    """The run cannot go on by itself. `lines` are the most telling ones of a log whose cause is not known."""
 
     stage: StageName
     why: str
     hint: str = ""
     cancelled: bool = False
+    lines: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,7 @@ def _about_success(stage: Stage, job: SeenJob, now: float, limits: Limits) -> Ac
 def _about_failure(plan: Plan, stage: Stage, found: Diagnosis, attempt: int, tried: int, limits: Limits) -> Action:
     why = f"{found.cause}: {found.evidence}" if found.evidence else found.cause
     if not found.transient:
-        return GiveUp(stage.name, why, found.hint)
+        return GiveUp(stage.name, why, found.hint, lines=found.lines)
     if tried >= limits.attempts:
         return GiveUp(stage.name, f"{why} ({tried} attempts)", f"`mergetune retry {plan.experiment.name}` tries again")
     return Submit(stage, attempt + 1, why)

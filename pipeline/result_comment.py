@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.book import Closed, Verdict
 from pipeline.comments import LOGIN, joined
-from pipeline.markdown import code, details, money, prose, quote
+from pipeline.markdown import code, details, fence, money, prose, quote
 from pipeline.plan import StageName
 from pipeline.pull_request import LONGEST_COMMENT, marker_of
 from pipeline.result_sections import (
@@ -80,8 +80,7 @@ def _render(ending: Ending) -> str:
     closed, summary = ending.closed, ending.closed.summary
     mark, words = HEADS[closed.verdict]
     people = " ".join(f"@{login}" for login in dict.fromkeys(ending.people) if LOGIN.fullmatch(login))
-    said = summary.get("hypothesis")
-    hypothesis = said if isinstance(said, str) else ""
+    hypothesis = _text(summary.get("hypothesis"))
     stages = {name: ending.stage(name) for name in StageName}
     parts = [
         f"{marker_of(f'result:{result_id(closed)}')} -->",
@@ -89,7 +88,8 @@ def _render(ending: Ending) -> str:
         " · ".join(part for part in (people, prose(closed.text)) if part),
         quote(hypothesis) if hypothesis else "",
         _answers(hypothesis, stages, closed),
-        f"**What to do:** {prose(ending.hint)}" if ending.hint else "",
+        f"**What to do:** {prose(hint)}" if (hint := ending.hint or _text(summary.get("hint"))) else "",
+        _telling(summary),
         before_after(stages[StageName.EVALUATE]),
         estimates_section(stages, closed),
         _cost(closed),
@@ -125,6 +125,17 @@ def _cost(closed: Closed) -> str:
     if worst is not None:
         parts.append(f"at most {money(worst)} was approved")
     return ", ".join(parts) if closed.attempts else ""
+
+
+def _telling(summary: Mapping[str, Any]) -> str:
+    """What a log says whose cause nobody knows."""
+    lines = summary.get("lines")
+    shown = [line for line in lines if isinstance(line, str)] if isinstance(lines, list) else []
+    return details("The most telling lines of its log", fence("\n".join(shown))) if shown else ""
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def _next(ending: Ending) -> str:

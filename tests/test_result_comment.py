@@ -157,8 +157,13 @@ PLAIN = {key: value for key, value in SUMMARY.items() if key not in ("hypothesis
 
 
 def over(verdict: Verdict, text: str, *, hint: str = "", number: int = 1, **more: object) -> Ending:
+    more = {key.removesuffix("_in_tag"): value for key, value in more.items()}
     closed = Closed("coach-1a2b3c4d", number, verdict, text, AT, 0.31, {"train": 2}, SUMMARY | {"stages": {}} | more)
     return Ending("coach", closed, ("alice",), hint)
+
+
+# The tick that ended the run could not post its comment: what it knew to do is in the tag.
+LATER = {"hint_in_tag": "add credit to `acme`, then `mergetune retry coach`"}
 
 
 def without(*names: StageName, **summary: object) -> Ending:
@@ -186,6 +191,13 @@ ENDINGS = {
         curve={"loss": [[1, 2.7], [2, 2.6]]},
     ),
     "failed-again": over(Verdict.FAILED, "train: the job ran into its timeout", number=2, hint="raise `train.timeout`"),
+    "failed-unknown": over(
+        Verdict.FAILED,
+        "train: not known: my_thing.FrobError: the flange is too tight",
+        hint="read the job's log",
+        lines=["Traceback (most recent call last):", "```", "FrobError: the flange <!-- is --> too tight @all"],
+    ),
+    "failed-told-later": replace(over(Verdict.FAILED, "train: no credit is left", **LATER), hint=""),
     "stopped-early": over(Verdict.FAILED, "train: stopped early: the loss is nan at step 120", hint="use a lower rate"),
     "cancelled": over(Verdict.CANCELLED, "cancelled by a person"),
     "superseded": Ending(

@@ -117,7 +117,9 @@ def test_retry_reopens_one_run_only(story: Story) -> None:
     story.hub.job_environment["FAIL"] = "ValueError: bad rows"
     for name in ("tiny", "small"):
         story.merge(name, text(story, name))
-    assert story.live_on().verdict is Verdict.FAILED
+    ended = story.live_on()
+    assert (ended.verdict, ended.summary["hint"]) == (Verdict.FAILED, "read the job's log")
+    assert "ValueError: bad rows" in ended.summary["lines"], "whoever posts the comment later finds it in the tag"
     assert sorted(report.split(":")[0] for name, report in tags(story).items() if "run/" in name) == ["failed"] * 2
     del story.hub.job_environment["FAIL"]
     done = story.call("retry", "tiny")
