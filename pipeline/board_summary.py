@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.book import LARGEST
 from pipeline.loss_chart import read_curve
 from pipeline.markdown import visible
 from pipeline.plan import StageName
+from pipeline.unvouched import mapping, number
 
 POINTS = 32  # of a drawn curve: more cannot be told apart at its width
 NAME_CHARACTERS, TEXT_CHARACTERS = 100, 600
@@ -61,7 +61,7 @@ class Summary:
 
 def read_summary(summary: Mapping[str, Any]) -> Summary:
     """The summary of a finish tag, or of one by hand, of an older mergetune, or forged: what is odd is not known."""
-    curves = _mapping(summary.get("curve"))
+    curves = mapping(summary.get("curve"))
     train, held_out = (tuple(sorted(read_curve(curves.get(key)))) for key in ("loss", "eval_loss"))
     commit, pull = summary.get("commit"), summary.get("pull_request")
     return Summary(
@@ -100,16 +100,16 @@ def thinned(points: Points) -> Points:
 
 
 def _metrics(summary: Mapping[str, Any], train: Points, held_out: Points) -> Metrics:
-    trained, evaluated = (_mapping(_stage(summary, name).get("metrics")) for name in ("train", "evaluate"))
+    trained, evaluated = (mapping(_stage(summary, name).get("metrics")) for name in ("train", "evaluate"))
     took = [_amount(_stage(summary, name).get("duration_s")) for name in StageName]
     known = [seconds for seconds in took if seconds is not None]
     # The curve's last point is where the training ended; `train_loss` is the mean over all of it.
     last_train, last_eval = (points[-1][1] if points else None for points in (train, held_out))
-    train_loss, eval_loss = _number(trained.get("train_loss")), _number(trained.get("eval_loss"))
+    train_loss, eval_loss = number(trained.get("train_loss")), number(trained.get("eval_loss"))
     return Metrics(
-        before=_number(_mapping(evaluated.get("before")).get("loss")),
-        after=_number(_mapping(evaluated.get("after")).get("loss")),
-        change_percent=_number(evaluated.get("loss_change_percent")),
+        before=number(mapping(evaluated.get("before")).get("loss")),
+        after=number(mapping(evaluated.get("after")).get("loss")),
+        change_percent=number(evaluated.get("loss_change_percent")),
         train_loss=last_train if last_train is not None else train_loss,
         eval_loss=last_eval if last_eval is not None else eval_loss,
         tokens=_amount(trained.get("tokens_trained")),
@@ -126,19 +126,10 @@ def _artifacts(summary: Mapping[str, Any]) -> Iterator[Artifact]:
 
 
 def _stage(summary: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    return _mapping(_mapping(summary.get("stages")).get(name))
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _number(value: Any) -> float | None:
-    """A number that can be reckoned with; JSON's true is none, and NaN is smaller than nothing."""
-    return float(value) if type(value) in (int, float) and -LARGEST < value < LARGEST else None
+    return mapping(mapping(summary.get("stages")).get(name))
 
 
 def _amount(value: Any) -> float | None:
     """A number that counts something."""
-    number = _number(value)
-    return number if number is not None and number >= 0 else None
+    amount = number(value)
+    return amount if amount is not None and amount >= 0 else None

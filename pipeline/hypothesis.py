@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.unvouched import mapping, number
+
 NUMBER = r"(?P<number>\d+(?:\.\d+)?)"
 METRIC = r"(?P<training>\btrain(?:ing)? )?(?P<metric>\bloss|\bperplexity)"
 # At most a few words between metric and comparison, none of which names another metric or ends the sentence.
@@ -78,5 +80,4 @@ def _measured(metric: str, evaluate: Mapping[str, Any], train: Mapping[str, Any]
 
 
 def _value(metrics: object, name: str) -> float | None:
-    value = metrics.get(name) if isinstance(metrics, Mapping) else None
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    return number(mapping(metrics).get(name))

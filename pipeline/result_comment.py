@@ -22,12 +22,11 @@ from pipeline.result_sections import (
     estimates_section,
     every_metric,
     held_out_loss,
-    mapping,
-    number,
     reproduction,
     samples_section,
     usage_section,
 )
+from pipeline.unvouched import mapping, number
 
 HEADS = {
     Verdict.DONE: ("✅", "is done"),

@@ -15,6 +15,7 @@ from pipeline.loss_chart import loss_chart, read_curve
 from pipeline.markdown import code, defang, details, fence, money, prose, size, table, visible
 from pipeline.plan import StageName
 from pipeline.progress import duration
+from pipeline.unvouched import mapping, number
 from pipeline.usage import COMMIT, REPO, Made, again, llama_cpp, peft, question_of, transformers
 
 Manifest = Mapping[str, Any]
@@ -183,17 +184,6 @@ def held_out_loss(closed: Closed) -> float | None:
 def made_by(manifest: Manifest) -> Made:
     """The repository of a stage at the commit it left."""
     return Made(str(manifest.get("repo") or ""), str(manifest.get("revision") or ""))
-
-
-def mapping(value: object) -> Mapping[str, Any]:
-    """A mapping as it is, anything else as an empty one."""
-    return value if isinstance(value, Mapping) else {}
-
-
-def number(value: object) -> float | None:
-    """A finite number of a sane size, else None."""
-    sane = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15
-    return value if sane and isinstance(value, int | float) else None
 
 
 def _list(value: object) -> list[Any]:

@@ -25,6 +25,7 @@ LAYERS = {
     "trace": 2,
     "facts": 0,
     "hub_facts": 0,
+    "unvouched": 0,
     "markdown": 1,
     "plan_changes": 1,
     "plan_preview": 1,
