@@ -20,8 +20,8 @@ MASKED = [{"event": "step", "step": n, "total": 60, "loss": 0.0, "grad_norm": 0.
 
 
 def idle(minutes: int, phase: str = "train") -> list[dict[str, Any]]:
-    now = time.time()
-    beats = [{"event": "heartbeat", "gpu_busy": 0.0, "time": now - 60 * ago} for ago in range(minutes, -1, -1)]
+    """Signs of life of so many minutes; `ago_s` becomes their time when the job is launched."""
+    beats = [{"event": "heartbeat", "gpu_busy": 0.0, "ago_s": 60 * ago} for ago in range(minutes, -1, -1)]
     return [{"event": "phase", "name": phase}, *beats]
 
 
@@ -42,7 +42,9 @@ def until(there: Callable[[], bool], seconds: float = 30) -> None:
 
 def launch(story: Story, said: list[dict[str, Any]]) -> Any:
     """A training job that has said all this and goes on."""
-    story.hub.job_environment["SAY"] = json.dumps(said)
+    now = time.time()
+    timed = [{**one, "time": now - one["ago_s"]} if "ago_s" in one else one for one in said]
+    story.hub.job_environment["SAY"] = json.dumps(timed)
     assert story.tick()[0]["outcome"] == "submitted"
     (job,) = story.hub.jobs.values()
     until(lambda: job.log.count("MERGETUNE ") >= len(said) + 2)
