@@ -186,7 +186,8 @@ def test_a_run_by_hand_that_fails_says_why(story: Story) -> None:
     done = story.call("run", "experiments/tiny.yaml", "--backend", "hf_jobs", "--format", "json")
     assert (done.returncode, done.stdout) == (1, "")
     assert "error: train: the GPU ran out of memory" in done.stderr
-    assert "hint: `mergetune fit experiments/tiny.yaml`" in done.stderr
+    assert "hint: a smaller `train.max_length` or `train.batch_size`, or a larger flavor: " in done.stderr
+    assert "`mergetune fit experiments/tiny.yaml` shows them" in done.stderr
     assert len(story.hub.jobs) == 1
 
 

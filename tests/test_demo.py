@@ -68,7 +68,8 @@ def test_the_whole_story(tmp_path: Path) -> None:
     assert strips[0] == "◐ train → ○ merge → ○ gguf → ○ evaluate"
     assert strips[-1] == "● train → ● merge → ● gguf → ● evaluate"
     assert "@alice @bob" in texts[-1]
-    assert "Held-out loss fell" in texts[-1]
+    assert "- ✅ **held-out loss falls by 20 %**: it fell by " in texts[-1]
+    assert "| held-out loss (nats per token) |" in texts[-1]
     assert "```mermaid" in texts[-1]
     places = [out.index(f"({path.name})") for path in files]
     assert places == sorted(places), "not printed in the order in which they appeared"
