@@ -26,13 +26,14 @@ from pipeline.remedy import remedy
 ROOT = Path(__file__).resolve().parents[2]
 LOGS = ROOT / "tests/logs"
 EXPERIMENT = ROOT / "experiments/examples/chat-qlora.yaml"  # whose values the fixtures' fixes name
-# What says who and where: addresses of people and machines, home folders, ids of requests and commits of machines.
+# What says who and where: addresses of people and machines, home folders, package indexes, ids of requests and commits of machines.
 SCRUBBED = (
     (re.compile(r"[\w.+-]{1,64}@[\w-]{1,64}(?:\.[\w-]{1,64}){1,4}"), "ada@example.org"),
     (re.compile(r"(/home|/Users)/[^/\s\"']{1,64}"), r"\1/ada"),
     (re.compile(r"/[\w./-]{1,200}?/(lib/python3\.\d+/(?:site|dist)-packages)"), r"/usr/local/\1"),
     (re.compile(r"/[\w./-]{1,200}?/(lib/python3\.\d+/)(?!site-packages|dist-packages)"), r"/usr/local/\1"),
     (re.compile(r"\b(?!127\.0\.0\.1)\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}\b(?!\.\d)"), "192.0.2.1"),
+    (re.compile(r"(?m)^(Looking in (?:links|indexes): ).*"), r"\1/srv/wheels"),
     (re.compile(r"(Request ID: )[^\s)]{1,100}"), r"\1Root=1-0"),
     (
         re.compile(r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b"),
