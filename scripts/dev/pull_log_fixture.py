@@ -26,7 +26,7 @@ from pipeline.remedy import remedy
 ROOT = Path(__file__).resolve().parents[2]
 LOGS = ROOT / "tests/logs"
 EXPERIMENT = ROOT / "experiments/examples/chat-qlora.yaml"  # whose values the fixtures' fixes name
-# What says who and where: addresses of people and machines, home folders, package indexes, ids of requests and commits of machines.
+# What says who and where: people, machines, home folders, package indexes, ids of requests and of commits.
 SCRUBBED = (
     (re.compile(r"[\w.+-]{1,64}@[\w-]{1,64}(?:\.[\w-]{1,64}){1,4}"), "ada@example.org"),
     (re.compile(r"(/home|/Users)/[^/\s\"']{1,64}"), r"\1/ada"),
