@@ -11,7 +11,6 @@ CAUSES = (
         (
             "BPE pre-tokenizer was not recognized",
             "update get_vocab_base_pre()",
-            "unknown pre-tokenizer type: '",
             "missing or unrecognized pre-tokenizer type",
             "cannot find tokenizer merges in model file",
             "must be converted with BpeVocab",
@@ -39,6 +38,13 @@ CAUSES = (
         "runtime-too-old",
         "llama.cpp does not know the architecture `{architecture}`: it is older than the converter",
         ("unknown model architecture: '{architecture}'",),
+        "a newer llama.cpp, of the version that converted it",
+        weight=STRONG,
+    ),
+    Cause(
+        "runtime-lacks-tokenizer",
+        "llama.cpp does not know the tokenizer `{tokenizer}` of the file: it is older than the converter",
+        ("unknown pre-tokenizer type: '{tokenizer}'",),
         "a newer llama.cpp, of the version that converted it",
         weight=STRONG,
     ),
