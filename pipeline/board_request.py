@@ -13,7 +13,6 @@ from pipeline.book import Book
 from pipeline.errors import UserError
 from pipeline.hf_world import open_world
 from pipeline.hub_facts import HubError
-from pipeline.live import curve
 from pipeline.loss_chart import read_curve
 from pipeline.online import ENDPOINT
 from pipeline.progress import status_line
@@ -119,7 +118,6 @@ def _standing(report: Report, jobs: tuple[SeenJob, ...], book: Book) -> Standing
     """A run as a tick sees it; what its closed rounds cost is not counted again."""
     job = next((job for job in jobs if job.id == report.job), None)
     before = sum(one.usd for one in book.rounds.get(report.run_id, ()))
-    told = curve(report.live) if report.live else {}
     at = status_line(report.live.progress) if report.live and report.live.progress.total else ""
     return Standing(
         experiment=report.experiment,
@@ -130,6 +128,6 @@ def _standing(report: Report, jobs: tuple[SeenJob, ...], book: Book) -> Standing
         at=datetime.fromtimestamp(job.created_at, UTC) if job else None,
         usd=max(0.0, round(spent_usd(jobs) - before, 4)) if job else None,
         job_url=job.url if job else "",
-        train_curve=tuple(read_curve(told.get("history"))),
-        eval_curve=tuple(read_curve(told.get("eval_history"), "eval_loss")),
+        train_curve=tuple(read_curve(report.live.losses)) if report.live else (),
+        eval_curve=tuple(read_curve(report.live.held_out)) if report.live else (),
     )

@@ -232,13 +232,11 @@ def _progress_lines(report: Any) -> list[str]:
     if report.live is None or not (report.live.progress.phase or report.live.progress.total):
         return []
     from pipeline.curve_notes import notes
-    from pipeline.live import curve
     from pipeline.loss_chart import loss_lines, read_curve
     from pipeline.markdown import money
     from pipeline.progress import status_line
 
-    told = curve(report.live)
     spent = "" if report.usd is None else f" · {money(report.usd)} so far"
-    lines = loss_lines(read_curve(told["history"]), read_curve(told["eval_history"], "eval_loss")).splitlines()
+    lines = loss_lines(read_curve(report.live.losses), read_curve(report.live.held_out)).splitlines()
     said = [f"note: {note}" for note in notes(report.live)]
     return [status_line(report.live.progress) + spent, *(line.strip().replace("`", "") for line in lines), *said]

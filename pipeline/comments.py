@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.curve_notes import notes
-from pipeline.live import Live, curve
+from pipeline.live import Live
 from pipeline.loss_chart import loss_lines, read_curve
 from pipeline.markdown import code, defang, money, percent, prose, table
 from pipeline.plan import StageName
@@ -89,8 +89,7 @@ def _progress(view: RunView) -> list[str]:
     if view.usd is not None:
         most = f" of at most {money(view.most_usd)}" if view.most_usd is not None else ""
         facts.append(f"this job so far {money(view.usd)}{most}")
-    told = curve(view.job)
-    lines = loss_lines(read_curve(told["history"]), read_curve(told["eval_history"], "eval_loss"))
+    lines = loss_lines(read_curve(view.job.losses), read_curve(view.job.held_out))
     said = [f"> [!NOTE]\n> {prose(note)}" for note in notes(view.job, view.learning_rate)[:1]]
     warned = [f"⚠ {defang(text[:300])}" for text in view.job.warnings[-1:]]
     return [" · ".join(facts), lines, *said, *warned]

@@ -43,6 +43,11 @@ class Live:
     since: float | None = None
     last: float | None = None
 
+    @property
+    def losses(self) -> tuple[tuple[int, float], ...]:
+        """(step, training loss), in the order they were logged."""
+        return tuple((point.step, point.loss) for point in self.points)
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready; NaN as text, as the events have it."""
         progress = self.progress
@@ -68,12 +73,6 @@ def read_live(stage: StageName, log: str) -> Live:
         if event is not None:
             live = _after(live, event)
     return live
-
-
-def curve(live: Live) -> dict[str, list[dict[str, float]]]:
-    """The points as manifests hold them: `history` and `eval_history`."""
-    history = [{"step": point.step, "loss": point.loss} for point in live.points]
-    return {"history": history, "eval_history": [{"step": s, "eval_loss": v} for s, v in live.held_out]}
 
 
 def _after(live: Live, event: Mapping[str, Any]) -> Live:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from pipeline.curve_notes import IN_A_ROW, find_waste, notes, notes_on
-from pipeline.live import Beat, Live, Point, curve, read_live
+from pipeline.live import Beat, Live, Point, read_live
 from pipeline.plan import StageName
 from pipeline.progress import progress_of
 from pipeline.settings import Stop
@@ -127,5 +127,5 @@ def test_a_log_is_read_as_far_as_it_can_be() -> None:
     assert (live.since, live.last, live.progress.eta_s) == (1000.0, 1020.0, 80.0)
     assert live.as_dict()["loss"] == "inf"
     assert json.loads(json.dumps(live.as_dict(), allow_nan=False))["eta_s"] == 80
-    assert curve(live)["eval_history"] == [{"step": 10, "eval_loss": 2.1}]
+    assert live.losses == ((10, 2.5), (20, math.inf))
     assert read_live(StageName.TRAIN, "").as_dict() == {"phase": "start", "done": 0, "total": 0, "unit": "step"}
