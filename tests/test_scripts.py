@@ -116,6 +116,29 @@ def test_both_training_scripts_have_this_in_common(name: str) -> None:
     assert ast.unparse(found[0][0]) == ast.unparse(found[1][0])
 
 
+def test_a_trace_sees_the_adapter_that_is_trained() -> None:
+    """The call that makes the adapter is the same, and so is what of a base with pictures is left out of it."""
+    trees = [
+        ast.parse((ROOT / f"scripts/{name}.py").read_text(encoding="utf-8")) for name in ("train_sft", "trace_memory")
+    ]
+    calls = [
+        [ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "LoraConfig"]
+        for tree in trees
+    ]
+    assert len(calls[0]) == 1
+    assert calls[0] == calls[1]
+    left_out = [
+        [
+            ast.unparse(n.value)
+            for n in tree.body
+            if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "NOT_TEXT"
+        ]
+        for tree in trees
+    ]
+    assert len(left_out[0]) == 1
+    assert left_out[0] == left_out[1]
+
+
 @each_script
 def test_help_shows_how_to_run_it(script: Path) -> None:
     done = call(script, "--help")
