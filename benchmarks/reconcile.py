@@ -62,6 +62,7 @@ def make_repository(folder: Path, count: int) -> tuple[Path, list[str]]:
 
     remote, root = folder / "remote.git", folder / "clone"
     git("init", "--bare", "--quiet", f"--initial-branch={BRANCH}", str(remote), cwd=folder)
+    git("config", "uploadpack.allowFilter", "true", cwd=remote)  # as GitHub has it
     git("clone", "--quiet", str(remote), str(root), cwd=folder)
     git("checkout", "--quiet", "-b", BRANCH, cwd=root)
     (root / "experiments").mkdir()

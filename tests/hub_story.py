@@ -193,7 +193,10 @@ def make_story(root: Path, hub: LoopbackHub, *, stand_ins: bool = False) -> Stor
     revision = hub.add_repo("acme/tiny-base", {p.name: p.read_bytes() for p in BASE.iterdir() if p.is_file()})
     story = Story(root, hub, revision)
     (root / "home").mkdir()
-    subprocess.run(["git", "init", "-q", "--bare", "-b", "main", str(root / "acme/tunes.git")], check=True)
+    bare = root / "acme/tunes.git"
+    subprocess.run(["git", "init", "-q", "--bare", "-b", "main", str(bare)], check=True)
+    # As GitHub has it: whoever asks for tags alone gets tags alone.
+    subprocess.run(["git", "-C", str(bare), "config", "uploadpack.allowFilter", "true"], check=True)
     subprocess.run(["git", "init", "-q", "-b", "main", str(story.clone)], check=True)
     story.git("remote", "add", "origin", str(root / "acme/tunes.git"))
     for folder in ("experiments", "data"):
