@@ -99,7 +99,11 @@ def _of_sweep(text: YamlText, experiment: Experiment) -> Iterator[Finding]:
 def _of_variant(text: YamlText, choices: tuple[Choice, ...], fault: Any) -> Finding:
     """A fault of one variant: its words, at the value of the sweep that it speaks of."""
     found, key = _finding(text, fault), _dotted(tuple(fault["loc"][1:]))
-    named = [choice for choice in choices if f"{key}.".startswith(f"{choice.key}.") or f"train.{choice.key}`" in found.message]
+    named = [
+        choice
+        for choice in choices
+        if f"{key}.".startswith(f"{choice.key}.") or f"train.{choice.key}`" in found.message
+    ]
     at = text.at(text.find(f"sweep.{(named or choices)[-1].at}")) if choices else text.at(("sweep",))
     return replace(found, at=at, message=f"`sweep`: {found.message}")
 

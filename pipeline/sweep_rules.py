@@ -21,9 +21,7 @@ def run_rules_of_variants(
 ) -> list[Finding]:
     """Every finding about one file with a sweep. What all variants have in common is told once, as without a sweep."""
     variants, whole = variants_of(file.experiment), Subject(file, facts, settings)
-    findings = [
-        found for rule in rules if rule.id[:3] not in OF_TRAINING and (found := rule.run(whole)) is not None
-    ]
+    findings = [found for rule in rules if rule.id[:3] not in OF_TRAINING and (found := rule.run(whole)) is not None]
     told: dict[tuple[Rule, Verdict], list[Variant]] = {}
     for variant in variants:
         subject = replace(whole, file=replace(file, experiment=variant.experiment))

@@ -75,7 +75,9 @@ def victory(rows: Sequence[Mapping[str, Any]]) -> str:
     over = f"Variant {_number(row)} ({_words(row)})"
     if f"{best:.4f}" == f"{second:.4f}":
         return f"{named} won, and {over.replace('Variant', 'variant', 1)} is as good: {best:.3f} both."
-    return f"{named} won with a held-out loss of {best:.3f}: {second - best:.3f}{less} below {over[0].lower()}{over[1:]}."
+    return (
+        f"{named} won with a held-out loss of {best:.3f}: {second - best:.3f}{less} below {over[0].lower()}{over[1:]}."
+    )
 
 
 def _planned(variant: VariantEstimate, train: Stage) -> tuple[str, ...]:

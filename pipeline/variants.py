@@ -1,4 +1,4 @@
-"""The variants of a sweep, each a whole experiment, and what is wrong with them as a whole. Reads and trains nothing."""
+"""The variants of a sweep, each a whole experiment, and what is wrong with them together. Trains nothing."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,9 +30,7 @@ def variants_of(experiment: Experiment) -> tuple[Variant, ...]:
         return ()
     values = experiment.model_dump(mode="json", exclude_unset=True)
     return tuple(
-        Variant(
-            number, Experiment.model_validate({**values, "train": overridden(values["train"], choices)}), choices
-        )
+        Variant(number, Experiment.model_validate({**values, "train": overridden(values["train"], choices)}), choices)
         for number, choices in enumerate(combinations(sweep.grid, sweep.list), 1)
     )
 
@@ -52,7 +50,9 @@ def sweep_faults(experiment: Experiment) -> Iterator[tuple[str, str, str]]:
     if held_out is None:
         yield "sweep", "no rows are held out, so no variant wins", "add `eval: {fraction: 0.05}` under `data`"
     elif held_out.fraction is not None and (seed := next((c for c in sweep.choices() if c.key == "seed"), None)):
-        message = "`seed` cannot vary: it draws the held-out rows of `data.eval.fraction`, so losses could not be compared"
+        message = (
+            "`seed` cannot vary: it draws the held-out rows of `data.eval.fraction`, so losses could not be compared"
+        )
         yield f"sweep.{seed.at}", message, "write `eval: {split: validation}`, or a file as `eval: {dataset: …}`"
 
 
