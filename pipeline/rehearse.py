@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import rehearse_mlx
+from pipeline import rehearse_mlx, rehearse_sweep
 from pipeline.backends.local import LocalRun
 from pipeline.errors import UserError
 from pipeline.experiment import Backend, Experiment
@@ -94,7 +94,8 @@ def rehearse(
         plan = make_plan(experiment, twin_facts)
         parallel = _parallel(file.experiment, facts)
         place = folder / "runs" / plan.run_id
-        run_locally(LocalRun(plan, twin_facts, folder, place, "cpu", parallel=parallel), watch)
+        result = run_locally(LocalRun(plan, twin_facts, folder, place, "cpu", parallel=parallel), watch)
+        rehearse_sweep.require_every_variant(file, result)
     except UserError as error:
         stage = watch.stage
         return RehearsalResult(watch.finish(), (), (), substituted, placed(error, file, stage), folder, lacks)
@@ -108,9 +109,9 @@ def rehearse(
 
 
 def _parallel(experiment: Experiment, facts: Facts) -> Parallel:
-    """Two processes stand for all GPUs of a flavor that has several: they run the code that those will run."""
+    """Two processes, or variants at once, stand for all GPUs of a flavor that has several: the code is the same."""
     parallel = parallel_of(experiment, facts.shape)
-    return replace(parallel, gpus=min(parallel.gpus, PROCESSES))
+    return replace(parallel, gpus=min(parallel.gpus, PROCESSES), lanes=min(parallel.lanes, PROCESSES))
 
 
 def lay_out(
@@ -238,6 +239,8 @@ def _changed(experiment: Experiment, data: _Data, big: bool) -> dict[str, Any]:
         "gradient_accumulation": min(train.gradient_accumulation, ACCUMULATION),
         "tracking": "none",
     }
+    if experiment.sweep:
+        values["sweep"] = rehearse_sweep.shortened(experiment, 1 if big else BATCH, ACCUMULATION)
     if experiment.evaluate and values["evaluate"] is not None:
         values["evaluate"] |= {
             "max_new_tokens": min(experiment.evaluate.max_new_tokens, ANSWER),
@@ -269,6 +272,8 @@ def _proves(experiment: Experiment, spec: TwinSpec, parallel: Parallel, *, train
     train = experiment.train
     how = "with MLX " if train.backend is Backend.MLX else ""
     points = [f"`{train.method}` training {how}starts, learns, checkpoints and saves with these settings"] * trained
+    if experiment.sweep:
+        points.append(rehearse_sweep.proven(experiment))
     if parallel.gpus > 1:
         points.append(f"{parallel.gpus} processes share each step ({parallel.sharing}), as the GPUs will")
     if train.sft and trained:

@@ -57,8 +57,8 @@ def _sweep(plan: Plan, stage: Stage, processes: int, is_job: bool) -> dict[str, 
         {"words": variant.words, "train": variant.experiment.resolved()["train"], **share}
         for variant, share in zip(variants, shared, strict=True)
     ]
-    limits = {"timeout_s": stage.timeout_s, "usd_per_minute": stage.flavor.usd_per_minute}
-    limits["max_usd"] = sweep.max_usd if sweep else None
+    price, most = stage.flavor.usd_per_minute, sweep.max_usd if sweep else None
+    limits = {"timeout_s": stage.timeout_s, "usd_per_minute": price, "max_usd": most}
     return {"sweep": {"variants": rows, **(limits if is_job else {})}}
 
 

@@ -15,7 +15,16 @@ from pipeline.yaml_text import resolve_plain
 
 FEWEST, MOST = 2, 32  # variants
 # The fields of `train` that a sweep may vary, beside those of `train.sft`.
-SWEPT = ("method", "epochs", "max_steps", "batch_size", "gradient_accumulation", "learning_rate", "packing", "seed")
+SWEPT: tuple[str, ...] = (
+    "method",
+    "epochs",
+    "max_steps",
+    "batch_size",
+    "gradient_accumulation",
+    "learning_rate",
+    "packing",
+    "seed",
+)
 SWEPT += ("lora.r", "lora.alpha", "lora.dropout", "lora.targets", "lora.exclude", "lora.rslora", "lora.dora")
 SWEPT += ("lora.modules_to_save", "lora.rank_pattern", "lora.alpha_pattern")
 METHODS = ("qlora", "lora")
@@ -35,7 +44,13 @@ FIXED = {
     **dict.fromkeys(("loss_on", "max_length", "dpo"), (_LOSS, _LOSS_HINT)),
 }
 # Fields of SFTConfig that TRL's loss reads while it evaluates too, or that decide when and how it evaluates.
-MEASURING = ("label_smoothing_factor", "loss_type", "router_aux_loss_coef", "model_init_kwargs", "eval_delay")
+MEASURING: tuple[str, ...] = (
+    "label_smoothing_factor",
+    "loss_type",
+    "router_aux_loss_coef",
+    "model_init_kwargs",
+    "eval_delay",
+)
 MEASURING += ("eval_on_start", "bf16_full_eval", "fp16_full_eval", "prediction_loss_only")
 
 

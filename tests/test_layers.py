@@ -31,6 +31,7 @@ LAYERS = {
     "markdown": 1,
     "plan_changes": 1,
     "sweep_plan": 1,
+    "rehearse_sweep": 3,
     "sweep_rules": 1,
     "sweep_sections": 1,
     "plan_preview": 1,
