@@ -39,6 +39,10 @@ class Parallel:
             return {"concurrency": self.lanes}
         return {"processes": self.gpus, "sharded": self.sharing is Sharing.PARTS} if self.gpus > 1 else {}
 
+    def at_most(self, count: int) -> "Parallel":
+        """The same with no more processes than that: they run the code that all would."""
+        return replace(self, gpus=min(self.gpus, count), lanes=min(self.lanes, count))
+
     @property
     def words(self) -> str:
         """` on each of 4 GPUs (DDP)`; empty for one."""

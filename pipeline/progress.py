@@ -53,8 +53,9 @@ class Progress:
         """`variant 2 of 6 (25 %)`, of the whole sweep; empty while no variant trains."""
         if not self.variant:
             return ""
-        part = (self.variant - 1 + (self.done / self.total if self.total else 0)) / self.variants
-        return f"variant {self.variant} of {self.variants} ({part:.0%} of the sweep)"
+        stepped = self.done / self.total if self.total and self.unit == "step" else 0.0
+        part = (self.variant - 1 + (1.0 if self.phase == "save" else stepped)) / self.variants
+        return f"variant {self.variant} of {self.variants} ({100 * part:.0f} % of the sweep)"
 
     @property
     def eta_s(self) -> float | None:

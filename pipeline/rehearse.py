@@ -31,7 +31,7 @@ from pipeline.workspace import read_facts
 
 MAKER = "scripts/dev/make_twin.py"
 ROWS, HELD_OUT, PROMPTS, STEPS, ANSWER = 16, 4, 2, 2, 8
-BATCH, ACCUMULATION, PROCESSES = 4, 2, 2  # at most: a rehearsal repeats the code, not the work
+BATCH, ACCUMULATION, PROCESSES = 4, 2, 2  # at most: a rehearsal repeats the code, not the work; 2 stand for all GPUs
 TEXT = 600  # characters of a row, shared by its turns: short rows keep two steps short
 MAX_LENGTH = 512  # tokens; rows of TEXT characters fit in it with any tokenizer and chat template
 BIG_VOCAB, BIG_TEXT, BIG_LENGTH = 50_000, 300, 256  # the CPU scores every token of the vocabulary, at every position
@@ -92,7 +92,7 @@ def rehearse(
         watch.begin(None)
         twin_facts = read_facts(experiment, folder)
         plan = make_plan(experiment, twin_facts)
-        parallel = _parallel(file.experiment, facts)
+        parallel = parallel_of(file.experiment, facts.shape).at_most(PROCESSES)
         place = folder / "runs" / plan.run_id
         result = run_locally(LocalRun(plan, twin_facts, folder, place, "cpu", parallel=parallel), watch)
         rehearse_sweep.require_every_variant(file, result)
@@ -106,12 +106,6 @@ def rehearse(
     cannot = _cannot(file, spec, watch.warnings)
     proves = _proves(experiment, spec, parallel, trained=not lacks)
     return RehearsalResult(watch.finish(), proves, cannot, substituted, not_rehearsed=lacks)
-
-
-def _parallel(experiment: Experiment, facts: Facts) -> Parallel:
-    """Two processes, or variants at once, stand for all GPUs of a flavor that has several: the code is the same."""
-    parallel = parallel_of(experiment, facts.shape)
-    return replace(parallel, gpus=min(parallel.gpus, PROCESSES), lanes=min(parallel.lanes, PROCESSES))
 
 
 def lay_out(

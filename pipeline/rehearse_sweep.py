@@ -33,7 +33,7 @@ def require_every_variant(file: ExperimentFile, result: RunResult) -> None:
             choice = _meant(variant, reason)
             at = file.at(f"sweep.{choice.at}" if choice else "sweep")
             hint = str(row.get("hint") or "change its value, or remove it from the sweep")
-            raise UserError(f"train: variant {variant.number} ({variant.words}) failed: {reason}", hint, at=at)
+            raise UserError(f"train: variant {variant.number} (`{variant.words}`) failed: {reason}", hint, at=at)
 
 
 def proven(experiment: Experiment) -> str:

@@ -144,7 +144,7 @@ def said(value: Any) -> str:
     """A value as a person writes it: `1e-4`, `true`, `[q_proj, v_proj]`."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, float) and value and not 1e-3 <= abs(value) < 1e6:
+    if isinstance(value, float) and value and not 1e-2 <= abs(value) < 1e6:
         mantissa, _, exponent = f"{value:e}".partition("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
     if isinstance(value, list):

@@ -41,7 +41,7 @@ def _finding(
     words = mine[0].words if len(mine) == 1 or choice is None else choice.words
     numbers = [str(one.number) for one in mine]
     named = f"variants {', '.join(numbers[:-1])} and {numbers[-1]}" if len(mine) > 1 else f"variant {numbers[0]}"
-    return Finding(rule.id, verdict.severity, at, f"{named} ({words}): {verdict.message}", verdict.hint)
+    return Finding(rule.id, verdict.severity, at, f"{named} (`{words}`): {verdict.message}", verdict.hint)
 
 
 def _reason(verdict: Verdict, mine: Sequence[Variant], others: Sequence[Variant]) -> Choice | None:

@@ -6,11 +6,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.cost import setup_seconds
+from pipeline.errors import redact
 from pipeline.flavors import CONTAINER_START_S
-from pipeline.markdown import code, defang, money, plural, table
+from pipeline.markdown import code, money, plural, prose, table
 from pipeline.plan import Plan, Stage
 from pipeline.progress import duration
-from pipeline.sweep_plan import VariantEstimate, sweep_seconds
+from pipeline.sweep import MOST
+from pipeline.sweep_plan import VariantEstimate
 from pipeline.unvouched import mapping, number
 
 WORDS, REASON = 200, 200  # characters shown of each
@@ -29,11 +32,11 @@ def variants_table(plan: Plan) -> str:
     if not train.variants or sweep is None:
         return ""
     rows = [_planned(variant, train) for variant in train.variants]
-    rows += [("", "start of the job, download of the base", "", *_start(train)), _whole(train)]
+    rows += [("", "start of the job, download of the base", "", *_start(plan)), _whole(train)]
     head = ("variant", "what differs", "memory", "expected time", "expected cost")
     shown = table(head, rows, "rlrrr")
     lanes = train.parallel.lanes
-    order = f"{lanes} at a time, one GPU each" if lanes > 1 else "one after the other"
+    order = f"{lanes} at a time, one GPU each," if lanes > 1 else "one after the other"
     limit = f" No further one is started where the training would pass {money(sweep.max_usd)}." if sweep.max_usd else ""
     kept = "the adapter with the lowest held-out loss goes on to the stages after it"
     return f"{shown}\n\nThey train {order} in one job; {kept}.{limit}"
@@ -47,7 +50,7 @@ def winner_of(train: Mapping[str, Any]) -> Mapping[str, Any]:
 def rows_of(train: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The rows of a training's manifest, as far as they are rows."""
     rows = train.get("sweep")
-    return [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
+    return [row for row in rows[:MOST] if isinstance(row, Mapping)] if isinstance(rows, list) else []
 
 
 def comparison_section(train: Mapping[str, Any]) -> str:
@@ -92,13 +95,10 @@ def _memory(variant: VariantEstimate, train: Stage) -> str:
     return f"{variant.memory.total:.1f} of {train.flavor.vram_gib:g} GiB"
 
 
-def _start(train: Stage) -> tuple[str, str]:
-    """What the job takes beside its variants, where that is known."""
-    work, needed = sweep_seconds(train.variants, train.parallel.lanes), train.cost.needed_s
-    if work is None or needed is None or needed < work:
-        return duration(CONTAINER_START_S), ""
-    seconds = needed - work
-    return f"~{duration(seconds)}", money(seconds / 60 * train.flavor.usd_per_minute)
+def _start(plan: Plan) -> tuple[str, str]:
+    """What the job takes beside its variants: once for all of them."""
+    seconds = CONTAINER_START_S + (setup_seconds(plan.shape) if plan.shape else 0.0)
+    return f"~{duration(seconds)}", money(seconds / 60 * plan.stages[0].flavor.usd_per_minute)
 
 
 def _whole(train: Stage) -> tuple[str, ...]:
@@ -115,7 +115,7 @@ def _compared(row: Mapping[str, Any]) -> tuple[str, ...]:
     loss = "–" if after is None else f"{after:.3f}" if before is None else f"{before:.3f} → {after:.3f}"
     won = row.get("winner") is True
     state = str(row.get("state", ""))
-    reason = defang(" ".join(str(row.get("reason") or "").split())[:REASON])
+    reason = prose(" ".join(redact(str(row.get("reason") or "")).split())[:REASON])
     words = "🏆 winner" if won else ": ".join(part for part in (MARKS.get(state, ""), reason) if part)
     return (
         f"**{_number(row)}**" if won else _number(row),

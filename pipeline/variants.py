@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pipeline.experiment import Backend, Experiment
 from pipeline.sweep import Choice, combinations, overridden
 
-AS_WRITTEN = "as `train` says"  # an entry without a field: the training that the others are compared with
+AS_WRITTEN = "nothing"  # an entry without a field: the training as `train` has it, beside the others
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,6 @@ def repeated(variants: tuple[Variant, ...]) -> Iterator[tuple[str, str, str]]:
         train = variant.experiment.train.model_dump_json()
         if first := seen.get(train):
             at = f"sweep.{variant.choices[-1].at}" if variant.choices else "sweep.list"
-            message = f"variant {variant.number} ({variant.words}) is variant {first.number} again"
+            message = f"variant {variant.number} (`{variant.words}`) is variant {first.number} again"
             yield at, message, "remove one of the two: the same choices give the same result"
         seen.setdefault(train, variant)

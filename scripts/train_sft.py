@@ -1413,7 +1413,7 @@ class Table:
         shown = {key: row[key] for key in ("state", "eval_loss", "seconds") if key in row}
         child.tell("variant", **shown)
         if row["state"] != "trained":
-            warn(self.run, f"variant {number} ({row['words']}) {row['state']}: {row['reason']}")
+            warn(self.run, f"variant {number} (`{row['words']}`) {row['state']}: {row['reason']}")
         self.is_pushed = self.is_pushed and self.best == before
         self.write()
         for other in self.rows:
@@ -1468,7 +1468,7 @@ class Table:
         """Why there is no artifact: the cause of the first variant."""
         first = self.rows[min(self.rows)]
         kind = InputError if first.get("code") == 2 else TrainingFailed
-        message = f"no variant was trained; variant {first['variant']} ({first['words']}) {first['state']}: "
+        message = f"no variant was trained; variant {first['variant']} (`{first['words']}`) {first['state']}: "
         return kind(message + first["reason"], first["hint"] or "look at what it printed before this")
 
 

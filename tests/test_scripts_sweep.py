@@ -1,15 +1,11 @@
 """scripts/train_sft.py with a sweep: variants in processes of their own, the best adapter, and what a kill leaves."""
 
 import json
-import os
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_scripts_train import TRAIN, conversations, edit, events, front_door, make_run, manifest, write_rows
-from test_scripts_train_processes import is_alive, while_running
+from test_scripts_train import conversations, edit, front_door, make_run, manifest, write_rows
 from tiny_models import make_tiny
 
 pytestmark = pytest.mark.slow
