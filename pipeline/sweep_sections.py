@@ -38,7 +38,7 @@ def variants_table(plan: Plan) -> str:
     lanes = train.parallel.lanes
     order = f"{lanes} at a time, one GPU each," if lanes > 1 else "one after the other"
     limit = f" No further one is started where the training would pass {money(sweep.max_usd)}." if sweep.max_usd else ""
-    kept = "the adapter with the lowest held-out loss goes on to the stages after it"
+    kept = "the one with the lowest held-out loss goes on to the stages after it"
     return f"{shown}\n\nThey train {order} in one job; {kept}.{limit}"
 
 

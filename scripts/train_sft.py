@@ -1401,8 +1401,8 @@ class Table:
 
     def sorted_rows(self) -> list[dict]:
         """Every row in the order of the variants, the winner marked."""
-        hidden = ("code",)
-        rows = [{key: value for key, value in self.rows[n].items() if key not in hidden} for n in sorted(self.rows)]
+        own = ("code", "winner")  # an exit code, and who led when an earlier job wrote this down
+        rows = [{key: value for key, value in self.rows[n].items() if key not in own} for n in sorted(self.rows)]
         return [row | ({"winner": True} if row["variant"] == self.best else {}) for row in rows]
 
     def note(self, child: Child) -> None:

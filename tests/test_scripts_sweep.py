@@ -61,7 +61,7 @@ def children(pid: int) -> list[int]:
 
 
 def test_side_by_side_in_a_job_that_is_stopped_and_goes_on(hub: LoopbackHub, tmp_path: Path, base: Path) -> None:
-    """Two at a time. The one that ended is in the repo with its adapter when SIGTERM comes, and is not trained again."""
+    """Two at a time. The one that ended is in the repo with its adapter when SIGTERM comes, and stays trained."""
     from safetensors.torch import load
 
     source, place = add_folder(hub, "acme/tiny", base), f".mergetune/{RUN_ID}/train"
@@ -108,7 +108,9 @@ def test_side_by_side_in_a_job_that_is_stopped_and_goes_on(hub: LoopbackHub, tmp
         "train of coach-0f3a9c21",
         "train of coach-0f3a9c21: manifest",
     ]
-    weights = [one for one in hub.requests if one.method == "GET" and "acme/tiny" in one.path and "safetensors" in one.path]
+    weights = [
+        one for one in hub.requests if one.method == "GET" and "acme/tiny" in one.path and "safetensors" in one.path
+    ]
     assert len({one.path for one in weights}) <= 2 * len(list(base.glob("*.safetensors")))
 
 
@@ -131,7 +133,10 @@ def finished(run: Path, number: int, loss: float, seconds: float) -> None:
     ("limits", "reason"),
     [
         ({"timeout_s": 1500, "max_usd": None}, "20 minutes are left of the timeout, and the longest took 25"),
-        ({"timeout_s": 90_000, "max_usd": 3.0}, "with one more the training would cost $3.15, and `sweep.max_usd` is 3"),
+        (
+            {"timeout_s": 90_000, "max_usd": 3.0},
+            "with one more the training would cost $3.15, and `sweep.max_usd` is 3",
+        ),
     ],
 )
 def test_what_does_not_fit_is_not_started(base: Path, tmp_path: Path, limits: dict[str, Any], reason: str) -> None:
