@@ -1328,14 +1328,9 @@ class Child:
         reason, hint = self.error.get("message") or self.last or "it said nothing", self.error.get("hint", "")
         if code < 0:
             reason = f"it was killed by {signal.Signals(-code).name}; its memory may have run out"
-        state = "diverged" if self.error.get("diverged") else "failed"
-        return {
-            "state": state,
-            "seconds": seconds,
-            "reason": one_line_of(Exception(reason)),
-            "hint": hint,
-            "code": code,
-        }
+        state, told = "diverged" if self.error.get("diverged") else "failed", bool(self.error) or code < 0
+        row = {"state": state, "seconds": seconds, "reason": one_line_of(Exception(reason)), "hint": hint}
+        return row | {"code": code, "told": told}
 
 
 class Table:
@@ -1351,7 +1346,7 @@ class Table:
             return
         self.spent_s = kept["spent_s"]
         self.rows = {row["variant"]: row for row in kept["rows"] if row["state"] in FINAL}
-        if self.best and not read_json(variant_folder(run, self.best) / "artifact" / "manifest.json"):
+        while self.best and not read_json(variant_folder(run, self.best) / "artifact" / "manifest.json"):
             emit("warning", message=f"the adapter of variant {self.best} is not there any more: it is trained again")
             del self.rows[self.best]
         if self.rows:
@@ -1401,7 +1396,7 @@ class Table:
 
     def sorted_rows(self) -> list[dict]:
         """Every row in the order of the variants, the winner marked."""
-        own = ("code", "winner")  # an exit code, and who led when an earlier job wrote this down
+        own = ("code", "told", "winner")  # how its process ended, and who led when an earlier job wrote this down
         rows = [{key: value for key, value in self.rows[n].items() if key not in own} for n in sorted(self.rows)]
         return [row | ({"winner": True} if row["variant"] == self.best else {}) for row in rows]
 
@@ -1464,12 +1459,19 @@ class Table:
             return f"with one more the training would cost ${usd:.2f}, and `sweep.max_usd` is {limits['max_usd']:g}"
         return ""
 
-    def failure(self) -> Exception:
-        """Why there is no artifact: the cause of the first variant."""
+    def failure(self) -> BaseException:
+        """Why there is no artifact: the cause of the first variant.
+
+        An `error` event is what a reader of the log believes first. Where a traceback is all there is, it must be read.
+        """
         first = self.rows[min(self.rows)]
-        kind = InputError if first.get("code") == 2 else TrainingFailed
         message = f"no variant was trained; variant {first['variant']} (`{first['words']}`) {first['state']}: "
-        return kind(message + first["reason"], first["hint"] or "look at what it printed before this")
+        message += first["reason"]
+        if not first["told"]:
+            print(message, file=sys.stderr)
+            return SystemExit(1)
+        kind = InputError if first["code"] == 2 else TrainingFailed
+        return kind(message, first["hint"] or "look at what it printed before this")
 
 
 def train(run: dict, base: Path, train_rows: list[Row], eval_rows: list[Row], started: float) -> None:

@@ -71,7 +71,7 @@ def test_killed_it_goes_on_with_the_variants_that_are_left(tmp_path: Path) -> No
     assert not (folder / "work/variants").exists()
     best, first = train["sweep"][2]["eval_loss"], train["sweep"][0]["eval_loss"]
     assert best == train["metrics"]["eval_loss"] < first
-    assert "**Variant 3** (`learning_rate 1e-2, lora.r 8`) won with a held-out loss of" in out
+    assert "**Variant 3** (`learning_rate 0.01, lora.r 8`) won with a held-out loss of" in out
     assert "| 2 | `lora.alpha 1e38` |" in out and "❌ diverged" in out
     assert "variant 3 of 3" in errors and "variant 2 (`lora.alpha 1e38`) diverged" in errors
 

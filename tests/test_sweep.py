@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 from examples import GOOD, MAC, changed
+from repository import ROOT
 from rule_cases import facts, place, with_script
 from test_plan_comment import COUNTED, ROOMY
 
 from pipeline.check import run_rules
 from pipeline.cost import finished_run
 from pipeline.curve_notes import find_waste, notes
+from pipeline.diagnose import diagnose
 from pipeline.errors import Finding, InvalidExperiment, Severity, UserError
 from pipeline.experiment import Lora, Train
 from pipeline.facts import Facts
@@ -376,6 +378,23 @@ def test_a_custom_scripts_own_word_is_no_variant(wrong: object) -> None:
 def test_the_pace_of_a_sweep_counts_all_variants() -> None:
     pace = read_pace(log(step(1, 1, 2.0), step(1, 10, 1.5), step(2, 5, 1.9)))
     assert pace and (pace.done, pace.total) == (15, 30)
+
+
+@pytest.mark.parametrize(
+    "name", ["gpu-full-in-the-logits", "data-worker-killed", "device-side-assert", "hub-in-trouble"]
+)
+def test_a_log_of_variants_is_diagnosed_as_that_of_one(name: str) -> None:
+    """Two variants end as the one of the fixture did, and then the sweep, which has no better cause."""
+    alone = (ROOT / f"tests/logs/{name}.log").read_text(encoding="utf-8")
+    both = "".join(
+        log({"event": "phase", "name": "start variant", "variant": number, "variants": 2})
+        + f"{alone}\n"
+        + log({"event": "variant", "state": "failed", "variant": number, "variants": 2})
+        + log({"event": "warning", "message": f"variant {number} (`lora.r 8`) failed: {alone.splitlines()[-1]}"})
+        for number in (1, 2)
+    )
+    whole = f"{both}no variant was trained; variant 1 (`lora.r 8`) failed: {alone.splitlines()[-1]}\n"
+    assert diagnose(whole).id == diagnose(alone).id != ""
 
 
 def test_a_sweep_that_lost_variants_corrects_no_estimate() -> None:
