@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 from examples import GOOD, MAC, changed
+from histories import check, one_tick, run_until_closed, start
 from repository import ROOT
 from rule_cases import facts, place, with_script
+from simulation import Faults
 from test_plan_comment import COUNTED, ROOMY
 
 from pipeline.check import run_rules
+from pipeline.closing import make_summary
 from pipeline.cost import finished_run
 from pipeline.curve_notes import find_waste, notes
 from pipeline.diagnose import diagnose
@@ -27,6 +30,8 @@ from pipeline.parallel import Parallel
 from pipeline.plan import Plan, StageName, as_mlx, make_fingerprint, make_plan
 from pipeline.plan_preview import Preview, plan_as_dict, render_plan
 from pipeline.progress import status_line
+from pipeline.reconcile import Seen
+from pipeline.remote import StageView
 from pipeline.rules.others import relatives
 from pipeline.run_json import make_run_json
 from pipeline.settings import Settings
@@ -330,6 +335,30 @@ def test_variants_share_the_gpus_each_by_its_method() -> None:
     request = make_run_json(plan, plan.stages[0], 1, {}, {"repo": "acme/x"}, **plan.stages[0].parallel.request())
     assert [(one["processes"], one["sharded"]) for one in request["sweep"]["variants"]] == [(4, False), (4, True)]
     assert Parallel(4).at_most(2) == Parallel(2) and Parallel(lanes=4).at_most(2) == Parallel(lanes=2)
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_sweep_is_one_job_however_its_run_goes(dies: bool) -> None:
+    """The controller submits one training with all variants in its request, and the stages after it as ever."""
+    plan = plan_of(GRID)
+    sim = start(faults=Faults(node_lost=1.0) if dies else None)
+    one_tick(sim, plans=(plan,))
+    (training,) = sim.job_list
+    request = json.loads(sim.files("acme/coach-12b-adapter")[f"{training.folder}/run.json"])
+    assert [one["words"] for one in request["sweep"]["variants"]] == [one.words for one in plan.stages[0].variants]
+    assert request["sweep"]["timeout_s"] == plan.stages[0].timeout_s == training.spec.timeout_s
+    verdict = run_until_closed(sim, plan=plan)
+    check(sim)
+    assert verdict == ("failed" if dies else "done")
+    assert len(sim.trainings("train")) == (3 if dies else 1) and len(sim.trainings("merge")) == (0 if dies else 1)
+
+
+def test_the_finish_tag_keeps_who_won() -> None:
+    rows = [{"variant": 1, "words": "lora.r 8"}, {"variant": 2, "words": "lora.r 16", "winner": True}]
+    seen = Seen({StageName.TRAIN: StageView(manifest={"sweep": rows})})
+    assert make_summary(plan_of(GRID), seen)["winner"] == "variant 2: lora.r 16"
+    assert "winner" not in make_summary(plan_of(ROOMY), seen)
+    assert make_summary(plan_of(GRID), Seen({StageName.TRAIN: StageView(manifest={"sweep": "x"})}))["winner"] == ""
 
 
 # Live
