@@ -249,7 +249,7 @@ def _sweep_stage(experiment: Experiment, facts: Facts, flavor: Flavor, timeout_s
     known = correction(facts.finished, StageName.TRAIN, experiment.train.method, gpus_of(flavor)) is not None
     seconds, setup_s = sweep_seconds(variants, parallel.lanes), setup_seconds(facts.shape) if facts.shape else 0.0
     if seconds is not None and experiment.sweep and experiment.sweep.max_usd is not None:
-        seconds = min(seconds, affordable_seconds(experiment.sweep.max_usd, flavor) - setup_s)
+        seconds = min(seconds, max(0.0, affordable_seconds(experiment.sweep.max_usd, flavor) - setup_s))
     cost = estimate_cost(seconds, timeout_s, flavor, setup_s, known, parallel)
     largest = max((one.memory for one in variants if one.memory), key=lambda need: need.total, default=None)
     script = SCRIPTS[StageName.TRAIN]

@@ -19,7 +19,10 @@ def shortened(experiment: Experiment, rows: int, batches: int) -> dict[str, Any]
     most, entries = {"batch_size": rows, "gradient_accumulation": batches}, []
     for variant in variants_of(experiment):
         kept = {choice.key: choice.value for choice in variant.choices if choice.key not in LENGTHS}
-        entries.append({key: min(value, most[key]) if key in most else value for key, value in kept.items()})
+        for key in most.keys() & kept.keys():
+            wanted = getattr(variant.experiment.train, key)  # as the schema reads it: a file may quote a number
+            kept[key] = min(wanted, most[key]) if isinstance(wanted, int) else wanted
+        entries.append(kept)
     return {"list": entries, "concurrency": experiment.sweep.concurrency if experiment.sweep else 1}
 
 
