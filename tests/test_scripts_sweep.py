@@ -9,7 +9,19 @@ from typing import Any
 
 import pytest
 from servers.hub import LoopbackHub
-from test_scripts_hub import REPO, RUN_ID, TOKEN, Job, add_folder, check_manifest, titles, train_run
+from servers.hub_faults import status
+from servers.hub_http import Request
+from test_scripts_hub import (
+    REPO,
+    RUN_ID,
+    TOKEN,
+    Job,
+    add_folder,
+    check_manifest,
+    put_winner,
+    titles,
+    train_run,
+)
 from test_scripts_train import TRAIN, conversations, edit, events, front_door, make_run, manifest, write_rows
 from test_scripts_train_processes import is_alive
 from tiny_models import make_tiny
@@ -194,3 +206,48 @@ def test_without_held_out_rows_nothing_is_trained(base: Path, tmp_path: Path) ->
     done = front_door(edit(run, experiment=experiment))
     assert done.returncode == 2
     assert "error: no rows are held out, so no variant wins\n\nhint: add `eval: {fraction: 0.05}`" in done.stderr
+
+
+UNEVEN = [{"gradient_accumulation": 3}, {"gradient_accumulation": 5}]  # of two processes: refused before any import
+
+
+def test_a_job_that_was_replaced_starts_no_further_variant(hub: LoopbackHub, tmp_path: Path, base: Path) -> None:
+    source = add_folder(hub, "acme/tiny", base)
+
+    def replace(request: Request) -> None:
+        if request.method == "GET" and "acme/coach" in request.path and "job job-a starts" in titles(hub)[-1]:
+            put_winner(hub, "train", 2, "job-b")
+
+    run = train_run(tmp_path / "run", source, held_out=0.25, sweep=variants(TRAIN, *UNEVEN, processes=2))
+    hub.on_request = replace
+    job = Job(hub, run, "job-a")
+    assert job.end() == 0, job.log
+    assert job.events("superseded")[0]["winner"]["job_id"] == "job-b"
+    assert [event["variant"] for event in job.events("phase") if event["name"] == "start variant"] == [1]
+    assert titles(hub)[-1].startswith("somebody writes")
+
+
+def test_a_hub_that_takes_no_row_holds_nothing_up(hub: LoopbackHub, tmp_path: Path, base: Path) -> None:
+    """The rows come with the next variant's commit, or with the artifact; here there is none, and the cause is told."""
+    source = add_folder(hub, "acme/tiny", base)
+    hub.faults.add(method="POST", path="acme/coach/commit/", skip=1, times=1000, action=status(500))
+    sweep = variants(TRAIN, *UNEVEN, processes=2)
+    job = Job(hub, train_run(tmp_path / "run", source, held_out=0.25, sweep=sweep, patience_s=0.3), "job-a")
+    assert job.end() == 2, job.log
+    told = [event["message"] for event in job.events("warning") if event["message"].startswith("the variants so far")]
+    assert len(told) == 2 and "the Hub did not commit" in told[0]
+    assert "no variant was trained; variant 1" in job.events("error")[0]["message"]
+
+
+def test_an_adapter_that_is_gone_is_trained_again(base: Path, tmp_path: Path) -> None:
+    """Of two that an earlier job trained neither is left: both are started again, whatever their rows say."""
+    run = sweep_run(tmp_path / "run", base, *UNEVEN, processes=2)
+    for number, loss in ((1, 1.5), (2, 1.2)):
+        finished(run, number, loss, 900.0)
+        (run.parent / f"work/variants/{number}/artifact/manifest.json").unlink()
+    done = front_door(run)
+    assert done.returncode == 2, done.stdout + done.stderr
+    told = [event["message"] for event in events(done.stdout, "warning")]
+    assert told[:2] == [f"the adapter of variant {n} is not there any more: it is trained again" for n in (2, 1)]
+    begun = [event["variant"] for event in events(done.stdout, "phase") if event["name"] == "start variant"]
+    assert begun == [1, 2]
