@@ -18,6 +18,7 @@ from pipeline.online import Online, cache_folder
 from pipeline.rules import ALL_RULES, Subject
 from pipeline.rules.others import relatives
 from pipeline.settings import Settings
+from pipeline.sweep_rules import run_rules_of_variants
 from pipeline.trl_fields import sft_fields
 from pipeline.workspace import find_experiments, read_facts, shown_path
 
@@ -67,7 +68,9 @@ def check_files(
 
 
 def run_rules(file: ExperimentFile, facts: Facts, settings: Settings) -> list[Finding]:
-    """Every rule's finding about one loaded file."""
+    """Every rule's finding about one loaded file; where it has a sweep, about each of its variants."""
+    if file.experiment.sweep:
+        return run_rules_of_variants(file, facts, settings, ALL_RULES)
     subject = Subject(file, facts, settings)
     return [finding for rule in ALL_RULES if (finding := rule.run(subject)) is not None]
 

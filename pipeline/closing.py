@@ -12,6 +12,7 @@ from pipeline.loss_chart import read_curve, thinned
 from pipeline.plan import Plan, StageName
 from pipeline.reconcile import Seen, spent_usd
 from pipeline.remote import JobState, Remote, SeenJob, StageView, stage_folder
+from pipeline.sweep_sections import winner_words
 from pipeline.world import World
 
 
@@ -68,6 +69,7 @@ def make_summary(plan: Plan, seen: Seen) -> dict[str, Any]:
         "loss_on": experiment.train.loss_on.value,
         "expected_usd": plan.expected_usd,
         "worst_usd": plan.worst_usd,
+        **({"winner": winner_words(train)} if experiment.sweep and train else {}),
         "hypothesis": experiment.hypothesis,
         "commit": origin.get("commit"),
         "pull_request": origin.get("pull_request"),

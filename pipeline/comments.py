@@ -75,6 +75,8 @@ def _progress(view: RunView) -> list[str]:
     if view.job is None:
         return []
     progress, facts = view.job.progress, []
+    if progress.variant:
+        facts.append(progress.sweep_words)
     if progress.total:
         done = f"{progress.done:,} of {progress.total:,}"
         facts.append(f"{defang(progress.unit)} {done} ({percent(progress.done, progress.total)})".strip())

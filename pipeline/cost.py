@@ -125,6 +125,9 @@ def finished_run(manifest: Mapping[str, Any]) -> FinishedRun | None:
     work = seconds - CONTAINER_START_S  # a manifest's duration begins when the script starts
     if work <= 0 or actual <= 0 or manifest.get("attempt", 1) != 1:  # a resumed attempt did only a part
         return None
+    rows = manifest.get("sweep")
+    if isinstance(rows, list) and any(not isinstance(r, Mapping) or r.get("state") != "trained" for r in rows):
+        return None  # fewer variants than were planned
     return FinishedRun(str(manifest.get("stage")), str(predicted.get("method", "")), gpus_of(flavor), work, actual)
 
 

@@ -35,8 +35,8 @@ class Waste:
 
 
 def notes(live: Live, rate: float | None = None) -> tuple[str, ...]:
-    """What a person should know of a job's curve so far; `rate` is `train.learning_rate`."""
-    return notes_on(live.points, live.held_out, rate)
+    """What a person should know of a job's curve so far; `rate` is `train.learning_rate`, which a sweep may vary."""
+    return notes_on(live.points, live.held_out, None if live.progress.variants else rate)
 
 
 def notes_on(
@@ -51,8 +51,11 @@ def notes_on(
 def find_waste(live: Live, now: float, idle_s: float, rate: float | None = None) -> Waste | None:
     """Why every further minute of the job is lost; None while it may still be worth its price.
 
-    `now` is in epoch seconds, `idle_s` how long a GPU may do nothing.
+    `now` is in epoch seconds, `idle_s` how long a GPU may do nothing. A variant of a sweep that goes wrong is ended by
+    the script, and the others are worth their price.
     """
+    if live.progress.variants:
+        return _idle(live, now, idle_s)
     return (
         _not_a_number(live.points, rate)
         or _masked(live.points)

@@ -3,7 +3,7 @@
 from enum import StrEnum
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticKnownError
 
 from pipeline.errors import excerpt
@@ -20,11 +20,13 @@ from pipeline.fields import (
     RepoId,
     RepoPath,
     Revision,
+    Section,
     StringList,
     Targets,
     fault,
     required_unless,
 )
+from pipeline.sweep import Sweep
 
 # What the converter can write and llama.cpp can run without an importance matrix.
 QUANTS: tuple[str, ...] = (
@@ -80,12 +82,6 @@ class Tracking(StrEnum):
 
     NONE = "none"
     TRACKIO = "trackio"
-
-
-class Section(BaseModel):
-    """A mapping of the file: frozen, and strict about unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, defer_build=True)
 
 
 class Base(Section):
@@ -271,6 +267,7 @@ class Experiment(Section):
     evaluate: Evaluate | None = Field(None, description="Compare before and after. Left out: no comparison.")
     output: Output = Field(description="Where the results go.")
     budget: Budget = Field(description="What it may spend.")
+    sweep: Sweep | None = Field(None, description="Variants of `train`, in one job, for the best. See docs/sweeps.md.")
 
     @model_validator(mode="after")
     def _stages_follow(self) -> Self:
@@ -287,6 +284,8 @@ class Experiment(Section):
         values = self.model_dump(mode="json")
         if self.train.method is not Method.FULL and self.train.lora is None:
             values["train"]["lora"] = Lora().model_dump(mode="json")
+        if self.sweep is None:
+            del values["sweep"]
         if self.train.backend is Backend.TORCH:  # says nothing: a request is the same as before there was a choice
             del values["train"]["backend"], values["train"]["mlx"]
         return values

@@ -9,6 +9,7 @@ from pipeline.loader import load_experiment
 from pipeline.memory import MemorySpec, spec_of
 from pipeline.models import CATALOGUE, ModelShape
 from pipeline.settings import find_root
+from pipeline.sweep_plan import heaviest
 from pipeline.workspace import folder_of, read_facts, shape_in, shown_path
 
 
@@ -24,7 +25,7 @@ def fit_of_experiment(path: Path) -> tuple[str, tuple[Fit, ...]]:
     shape = read_facts(experiment, root).shape
     if shape is None:
         raise _unknown(experiment.base.model)
-    return f"Fit of `{experiment.name}`", fit_table(spec_of(experiment, shape), shape)
+    return f"Fit of `{experiment.name}`", fit_table(spec_of(heaviest(experiment, shape), shape), shape)
 
 
 def fit_of_model(model: str, method: str, rank: int) -> tuple[str, tuple[Fit, ...]]:

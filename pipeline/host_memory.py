@@ -65,6 +65,8 @@ def ram_gib(stage: str, experiment: Experiment, shape: ModelShape, on_gpu: bool)
         if parallel.sharing is Sharing.PARTS or experiment.train.method is Method.LORA:
             tensors = weights_gb(shape) * 1e9 / GIB
         tensors *= 1 if parallel.sharing is Sharing.PARTS else parallel.gpus
+    if stage == "train" and parallel.lanes > 1:  # variants of a sweep, each in a process of its own
+        held, tensors = parallel.lanes * held + LIBRARIES_GIB[stage], parallel.lanes * tensors
     return Need(held + tensors, (held + tensors) * SPARE)
 
 

@@ -54,6 +54,8 @@ class Live:
         loss = self.points[-1].loss if self.points else None
         shown = {
             "phase": progress.phase,
+            "variant": progress.variant or None,
+            "variants": progress.variants or None,
             "done": progress.done,
             "total": progress.total,
             "unit": progress.unit,
@@ -78,7 +80,11 @@ def read_live(stage: StageName, log: str) -> Live:
 def _after(live: Live, event: Mapping[str, Any]) -> Live:
     """The state after one event."""
     try:
-        live = replace(_timed(live, event), progress=advance(live.progress, dict(event)))
+        before, live = live.progress, replace(_timed(live, event), progress=advance(live.progress, dict(event)))
+        if "variant" in event and live.progress.variant > before.variant:
+            live = replace(live, points=(), held_out=())  # a curve is one variant's
+        if "variant" in event and live.progress.variant != event["variant"]:
+            return live  # it trains beside the one that is shown
         match event["event"]:
             case "step":
                 point = Point(

@@ -3,8 +3,8 @@
 import contextlib
 import re
 import unicodedata
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,6 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import Finding, InvalidExperiment, Place, Severity, excerpt
 from pipeline.experiment import Experiment, nearest
+from pipeline.sweep import Choice, combinations, overridden
+from pipeline.variants import repeated, sweep_faults, variants_of
 from pipeline.yaml_text import Keys, YamlText, load_yaml, parse_yaml
 
 SCHEMA_RULE = "EXP001"
@@ -46,7 +48,7 @@ class ExperimentFile:
 
     def at(self, dotted: str) -> Place:
         """The place of a value such as `train.flavor`, or of the nearest written parent."""
-        return self.text.at(tuple(dotted.split(".")))
+        return self.text.at(self.text.find(dotted))
 
 
 def load_experiment(path: Path, shown: str | None = None) -> ExperimentFile:
@@ -71,7 +73,39 @@ def _checked(path: Path, text: YamlText) -> ExperimentFile:
         # Each once, and in the schema's order where two stand at one place: the same bytes on every run.
         found = dict.fromkeys(_finding(text, fault) for fault in error.errors(include_url=False))
         raise InvalidExperiment(tuple(sorted(found, key=lambda finding: finding.at))) from error
+    if found := dict.fromkeys(_of_sweep(text, experiment)):
+        raise InvalidExperiment(tuple(sorted(found, key=lambda finding: finding.at)))
     return ExperimentFile(path, text.path, experiment, text)
+
+
+def _of_sweep(text: YamlText, experiment: Experiment) -> Iterator[Finding]:
+    """What is wrong with the variants of a sweep, each a whole experiment, at its values."""
+    if experiment.sweep is None:
+        return
+    sweep, bad = text.data["sweep"], False
+    for choices in combinations(sweep.get("grid"), sweep.get("list")):
+        values = {**text.data, "train": overridden(text.data["train"], choices)}
+        try:
+            Experiment.model_validate(values)
+        except ValidationError as error:
+            bad = True
+            faults = error.errors(include_url=False)
+            yield from (_of_variant(replace(text, data=values), choices, fault) for fault in faults)
+    told = [*sweep_faults(experiment), *(() if bad else repeated(variants_of(experiment)))]
+    for dotted, message, hint in told:
+        yield Finding(SCHEMA_RULE, Severity.ERROR, text.at(text.find(dotted)), message, hint)
+
+
+def _of_variant(text: YamlText, choices: tuple[Choice, ...], fault: Any) -> Finding:
+    """A fault of one variant: its words, at the value of the sweep that it speaks of."""
+    found, key = _finding(text, fault), _dotted(tuple(fault["loc"][1:]))
+    named = [
+        choice
+        for choice in choices
+        if f"{key}.".startswith(f"{choice.key}.") or f"train.{choice.key}`" in found.message
+    ]
+    at = text.at(text.find(f"sweep.{(named or choices)[-1].at}")) if choices else text.at(("sweep",))
+    return replace(found, at=at, message=f"`sweep`: {found.message}")
 
 
 def _finding(text: YamlText, fault: Any) -> Finding:
@@ -90,7 +124,7 @@ def _finding(text: YamlText, fault: Any) -> Finding:
     elif kind == "mergetune":
         hint, key = fault["ctx"]["hint"], fault["ctx"]["key"]
         message = fault["msg"] if not dotted or fault["msg"].startswith("`train.") else f"`{dotted}`: {fault['msg']}"
-        at = text.at((*keys, *key.split("."))) if key else at
+        at = text.at(text.find(key, keys)) if key else at
     else:
         message, hint = _plain_message(text, keys, fault), _type_hint(text, keys, fault)
     return Finding(SCHEMA_RULE, Severity.ERROR, at, message, hint)

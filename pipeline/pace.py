@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.events import EVENT_PREFIX, parse_event
 
@@ -38,11 +39,19 @@ def _from_events(log: str) -> Pace | None:
     if len(steps) < 2 or not times:
         return None
     first, last = steps[0], steps[-1]
-    done, total = last["step"], last["total"]
-    if done <= first["step"] or total < done:
+    (begun, _), (done, total) = _of_whole(first), _of_whole(last)
+    if done <= begun or total < done:
         return None
-    per_step = (last["time"] - first["time"]) / (done - first["step"])
+    per_step = (last["time"] - first["time"]) / (done - begun)
     return Pace(done, total, last["time"] - times[0], per_step * (total - done))
+
+
+def _of_whole(event: dict[str, Any]) -> tuple[int, int]:
+    """Steps done and to do; those of a sweep count through its variants, as if each had as many."""
+    step, total, variant, variants = event["step"], event["total"], event.get("variant"), event.get("variants")
+    if not isinstance(variant, int) or not isinstance(variants, int):
+        return step, total
+    return (variant - 1) * total + step, variants * total
 
 
 def _is_counted(event: dict[str, object]) -> bool:

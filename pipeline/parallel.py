@@ -27,14 +27,21 @@ class Sharing(StrEnum):
 
 @dataclass(frozen=True)
 class Parallel:
-    """How many processes train, one per GPU, and what each holds."""
+    """How many processes train, one per GPU, and what each holds; `lanes` variants of a sweep do so side by side."""
 
     gpus: int = 1
     sharing: Sharing = Sharing.ALONE
+    lanes: int = 1
 
     def request(self) -> dict[str, Any]:
         """What scripts/train_sft.py reads of it in run.json; nothing for one process."""
+        if self.lanes > 1:
+            return {"concurrency": self.lanes}
         return {"processes": self.gpus, "sharded": self.sharing is Sharing.PARTS} if self.gpus > 1 else {}
+
+    def at_most(self, count: int) -> "Parallel":
+        """The same with no more processes than that: they run the code that all would."""
+        return replace(self, gpus=min(self.gpus, count), lanes=min(self.lanes, count))
 
     @property
     def words(self) -> str:
@@ -55,6 +62,8 @@ def parallel_of(experiment: Experiment, shape: ModelShape | None, flavor: Flavor
     flavor = flavor or FLAVORS.get(train.flavor)
     if flavor is None or flavor.gpus < 2 or train.script is not None:  # a custom script's processes are its own
         return ALONE
+    if experiment.sweep and experiment.sweep.concurrency > 1:
+        return Parallel(lanes=min(experiment.sweep.concurrency, flavor.gpus))
     if train.method is Method.FULL:
         return Parallel(flavor.gpus, Sharing.PARTS)
     if train.method is Method.LORA and shape is not None:

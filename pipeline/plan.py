@@ -27,10 +27,12 @@ from pipeline.mac import estimate_mac_memory, estimate_mac_seconds, mlx_bits
 from pipeline.memory import MemoryEstimate
 from pipeline.models import ModelShape
 from pipeline.parallel import ALONE, Parallel, estimate_memory, parallel_of
+from pipeline.sweep_plan import VariantEstimate, affordable_seconds, estimate_variants, sweep_seconds
 from pipeline.traced import TracedMemory
 
 # What a section of the file says that decides the result. Flavor, timeout, budget and names do not.
-NOT_IN_FINGERPRINT = {"flavor", "timeout", "tracking", "save_steps"}
+NOT_IN_FINGERPRINT = {"flavor", "timeout", "tracking", "save_steps", "concurrency", "max_usd"}
+DECIDING = ("base", "data", "train", "gguf", "sweep")
 
 
 class StageName(StrEnum):
@@ -67,6 +69,7 @@ class Stage:
     memory: MemoryEstimate | None = None
     parallel: Parallel = ALONE
     traced: TracedMemory | None = None
+    variants: tuple[VariantEstimate, ...] = ()  # of a sweep: `memory` is that of the largest, `cost` of all
 
 
 @dataclass(frozen=True)
@@ -138,8 +141,8 @@ def make_fingerprint(experiment: Experiment, facts: Facts) -> str:
     data, bases and custom scripts enter by content.
     """
     said: dict[str, Any] = experiment.model_dump(mode="json", exclude_unset=True)
-    kept = {key: said[key] for key in ("base", "data", "train", "gguf") if said.get(key) is not None}
-    for section in ("train", "gguf"):
+    kept = {key: said[key] for key in DECIDING if said.get(key) is not None}
+    for section in ("train", "gguf", "sweep"):
         if section in kept:
             kept[section] = {k: v for k, v in kept[section].items() if k not in NOT_IN_FINGERPRINT}
     deciding = [experiment.base.model, experiment.data.dataset, experiment.train.script, _eval_path(experiment)]
@@ -208,6 +211,8 @@ def as_mlx(experiment: Experiment) -> Experiment:
     """The same experiment trained by MLX on this machine: another run, with the same other choices."""
     if experiment.train.backend is Backend.MLX:
         return experiment
+    if experiment.sweep:
+        raise UserError("a sweep is a job, and MLX trains one variant", "remove `sweep`, or run it without `mlx`")
     values = experiment.model_dump(mode="json", exclude_unset=True)
     kept = {key: value for key, value in values["train"].items() if key not in ("flavor", "timeout")}
     return Experiment.model_validate({**values, "train": {**kept, "backend": Backend.MLX.value}})
@@ -224,6 +229,8 @@ def _train_stage(experiment: Experiment, facts: Facts) -> Stage:
         return _mac_stage(experiment, facts)
     assert train.timeout is not None  # the schema asks for it
     flavor = flavor_named(train.flavor, "train")
+    if experiment.sweep:
+        return _sweep_stage(experiment, facts, flavor, train.timeout)
     seconds = None
     if facts.shape and facts.dataset:
         seconds = estimate_train_seconds(experiment, facts.shape, facts.dataset, flavor, facts.finished)
@@ -234,6 +241,19 @@ def _train_stage(experiment: Experiment, facts: Facts) -> Stage:
     cost = estimate_cost(seconds, train.timeout, flavor, setup_s, known, parallel)
     script = train.script or SCRIPTS[StageName.TRAIN]
     return Stage(StageName.TRAIN, script, flavor, train.timeout, cost, memory, parallel, facts.traced)
+
+
+def _sweep_stage(experiment: Experiment, facts: Facts, flavor: Flavor, timeout_s: int) -> Stage:
+    """Training every variant in one job: the memory of the largest, the time of all."""
+    variants, parallel = estimate_variants(experiment, facts, flavor), parallel_of(experiment, facts.shape)
+    known = correction(facts.finished, StageName.TRAIN, experiment.train.method, gpus_of(flavor)) is not None
+    seconds, setup_s = sweep_seconds(variants, parallel.lanes), setup_seconds(facts.shape) if facts.shape else 0.0
+    if seconds is not None and experiment.sweep and experiment.sweep.max_usd is not None:
+        seconds = min(seconds, max(0.0, affordable_seconds(experiment.sweep.max_usd, flavor) - setup_s))
+    cost = estimate_cost(seconds, timeout_s, flavor, setup_s, known, parallel)
+    largest = max((one.memory for one in variants if one.memory), key=lambda need: need.total, default=None)
+    script = SCRIPTS[StageName.TRAIN]
+    return Stage(StageName.TRAIN, script, flavor, timeout_s, cost, largest, parallel, facts.traced, variants)
 
 
 def _mac_stage(experiment: Experiment, facts: Facts) -> Stage:

@@ -8,11 +8,10 @@ from typing import Any, Literal
 
 from pipeline.experiment import Experiment
 from pipeline.fields import is_path
-from pipeline.plan import NOT_IN_FINGERPRINT, Plan, mlx_base
+from pipeline.plan import DECIDING, NOT_IN_FINGERPRINT, Plan, mlx_base
 from pipeline.progress import duration
 
 Keys = tuple[str, ...]
-DECIDING = ("base", "data", "train", "gguf")  # the sections that `make_fingerprint` keeps
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ def shown(keys: Keys, value: Any) -> str:
 def decides(keys: Keys) -> bool:
     """True when the field enters the fingerprint."""
     return keys[0] in DECIDING and not (
-        keys[0] in ("train", "gguf") and len(keys) > 1 and keys[1] in NOT_IN_FINGERPRINT
+        keys[0] in ("train", "gguf", "sweep") and len(keys) > 1 and keys[1] in NOT_IN_FINGERPRINT
     )
 
 

@@ -11,6 +11,7 @@ from pipeline.plan_details import estimate_basis, flavors_that_fit, memory_parts
 from pipeline.plan_preview import Preview, Verdict, span_of, verdict_of
 from pipeline.plan_sections import changes_section, data_section, findings_section, next_section, stages_section
 from pipeline.progress import duration
+from pipeline.sweep_sections import variants_section
 
 LIMIT = 60_000  # characters; GitHub refuses a comment of more than 65,536
 MARKS = {True: "✅", None: "⚠️", False: "❌"}
@@ -139,6 +140,7 @@ def _what(plan: Plan) -> str:
 def _sections(preview: Preview) -> list[Section]:
     return [
         Section("stages", stages_section(preview)),
+        Section("variants", variants_section(preview.plan) if preview.plan else ""),
         Section("training with MLX", mac_section(preview.plan, preview.facts, preview.path) if preview.plan else ""),
         Section("data", data_section(preview)),
         Section("findings", findings_section(preview)),

@@ -4,6 +4,7 @@ import json
 
 from pipeline.cost import estimate_cost, estimate_train_seconds, setup_seconds
 from pipeline.errors import redact
+from pipeline.facts import Facts
 from pipeline.fit import Fit, fit_table
 from pipeline.flavors import AS_OF, CONTAINER_START_S
 from pipeline.markdown import code, fence, money, prose, table
@@ -13,6 +14,7 @@ from pipeline.plan import Plan
 from pipeline.plan_changes import decides, flat, shown
 from pipeline.plan_preview import Preview, gpus_line, traced_line
 from pipeline.progress import duration
+from pipeline.sweep_plan import estimate_variants, heaviest, sweep_seconds
 from pipeline.traced import TracedMemory
 
 FITS = {True: "fits", None: "may not fit"}
@@ -59,7 +61,7 @@ def flavors_that_fit(preview: Preview) -> str:
     if plan is None or shape is None or plan.stages[0].flavor.gpu is None:
         return ""
     length = plan.experiment.train.max_length
-    fits = fit_table(spec_of(plan.experiment, shape), shape, (length,))
+    fits = fit_table(spec_of(heaviest(plan.experiment, shape), shape), shape, (length,))
     rows = [_flavor_row(fit, preview, plan, shape) for fit in fits if fit.verdict(length) is not False]
     if not rows:
         return "No single-GPU flavor fits this training."
@@ -134,6 +136,8 @@ def _flavor_row(fit: Fit, preview: Preview, plan: Plan, shape: ModelShape) -> tu
     time, cost = "not known", "not known"
     if data is not None:
         seconds = estimate_train_seconds(experiment, shape, data, flavor)
+        if experiment.sweep:
+            seconds = sweep_seconds(estimate_variants(experiment, Facts(shape=shape, dataset=data), flavor), 1) or 0.0
         week = 7 * 86400  # the longest timeout there is
         estimate = estimate_cost(seconds, week, flavor, setup_seconds(shape))
         time = f"~{duration(estimate.needed_s or 0)}"

@@ -16,6 +16,7 @@ from pipeline.parallel import Sharing
 from pipeline.plan import Plan, Stage
 from pipeline.plan_changes import Changes, plan_hash
 from pipeline.progress import duration
+from pipeline.sweep_sections import variants_table
 
 
 class Verdict(StrEnum):
@@ -121,6 +122,7 @@ def render_plan(preview: Preview) -> str:
         f"of a budget of {money(plan.experiment.budget.max_usd)}.",
         quote(plan.experiment.hypothesis),
         stage_table(plan.stages),
+        variants_table(plan),
         _data_line(preview.facts.dataset),
         _memory_line(train),
         gpus_line(plan),
@@ -241,6 +243,7 @@ def _stage_as_dict(stage: Stage) -> dict[str, Any]:
         "memory_band": stage.memory and stage.memory.band,
         **({"gpus": stage.parallel.gpus, "sharing": stage.parallel.sharing} if stage.parallel.gpus > 1 else {}),
         "traced": stage.traced and stage.traced.as_dict(),
+        **({"variants": [variant.as_dict() for variant in stage.variants]} if stage.variants else {}),
     }
 
 

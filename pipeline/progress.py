@@ -27,7 +27,10 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Progress:
-    """A run's progress. Times are seconds of the events' own clock (since 1970)."""
+    """A run's progress. Times are seconds of the events' own clock (since 1970).
+
+    Of a sweep: `variant` is the one that began last (0: none trains), and counts and losses are its own.
+    """
 
     run_id: str
     stages: tuple[tuple[StageName, StageState], ...]
@@ -42,6 +45,17 @@ class Progress:
     tokens_per_s: float | None = None
     first: tuple[float, int] | None = None  # time and count of the first progress seen, the base of the ETA
     last: float | None = None
+    variant: int = 0
+    variants: int = 0
+
+    @property
+    def sweep_words(self) -> str:
+        """`variant 2 of 6 (25 %)`, of the whole sweep; empty while no variant trains."""
+        if not self.variant:
+            return ""
+        stepped = self.done / self.total if self.total and self.unit == "step" else 0.0
+        part = (self.variant - 1 + (1.0 if self.phase == "save" else stepped)) / self.variants
+        return f"variant {self.variant} of {self.variants} ({100 * part:.0f} % of the sweep)"
 
     @property
     def eta_s(self) -> float | None:
@@ -66,8 +80,14 @@ def mark_stage(progress: Progress, stage: StageName, state: StageState) -> Progr
 
 def advance(progress: Progress, event: dict[str, Any]) -> Progress:
     """The progress after one event of the current stage; unknown events change nothing."""
+    if (number := _variant(event)) < progress.variant and number:
+        return progress  # beside the one that is shown
+    if number > progress.variant:
+        fresh = replace(progress, variant=number, variants=int(event["variants"]), losses=(), loss=None, eval_loss=None)
+        return advance(replace(fresh, tokens_per_s=None, done=0, total=0, first=None, last=None), event)
     match event["event"]:
         case "phase":
+            progress = replace(progress, variant=number)
             return replace(progress, phase=str(event.get("name", "")), done=0, total=0, first=None, last=None)
         case "step":
             loss = _number(event.get("loss"))
@@ -91,6 +111,8 @@ def stage_strip(progress: Progress) -> str:
 def status_line(progress: Progress) -> str:
     """The current stage in words: phase, count, loss, speed, time left."""
     parts = [f"{progress.current}: {progress.phase}"]
+    if progress.variant:
+        parts.append(progress.sweep_words)
     if progress.total:
         parts.append(f"{progress.unit} {progress.done}/{progress.total}")
     if progress.current is StageName.TRAIN and progress.loss is not None:
@@ -202,6 +224,13 @@ def _count(progress: Progress, event: dict[str, Any], done: int, unit: str) -> P
     when = float(event.get("time", 0.0))
     first = progress.first or (when, done)
     return replace(progress, done=done, total=int(event.get("total", 0)), unit=unit, first=first, last=when)
+
+
+def _variant(event: dict[str, Any]) -> int:
+    """Which variant of a sweep an event is about, from 1; 0 for any other event."""
+    number, count = event.get("variant"), event.get("variants")
+    known = isinstance(number, int) and isinstance(count, int) and 0 < number <= count
+    return number if known and isinstance(number, int) else 0
 
 
 def _number(value: Any) -> float | None:

@@ -20,6 +20,8 @@ SOURCES = (("data", "dataset"), ("data", "eval", "dataset"), ("evaluate", "promp
 
 def placed(error: UserError, file: ExperimentFile, stage: str | None) -> UserError:
     """The failure of a stage with its place in the experiment, and the value to change where only a log was named."""
+    if error.at is not None:
+        return error
     keys = keys_of(error.message, file, stage)
     hint, value = error.hint, _value(file.text.data, keys) if keys else None
     if hint.startswith(LOG_ONLY) and isinstance(value, str):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import rehearse_mlx
+from pipeline import rehearse_mlx, rehearse_sweep
 from pipeline.backends.local import LocalRun
 from pipeline.errors import UserError
 from pipeline.experiment import Backend, Experiment
@@ -31,7 +31,7 @@ from pipeline.workspace import read_facts
 
 MAKER = "scripts/dev/make_twin.py"
 ROWS, HELD_OUT, PROMPTS, STEPS, ANSWER = 16, 4, 2, 2, 8
-BATCH, ACCUMULATION, PROCESSES = 4, 2, 2  # at most: a rehearsal repeats the code, not the work
+BATCH, ACCUMULATION, PROCESSES = 4, 2, 2  # at most: a rehearsal repeats the code, not the work; 2 stand for all GPUs
 TEXT = 600  # characters of a row, shared by its turns: short rows keep two steps short
 MAX_LENGTH = 512  # tokens; rows of TEXT characters fit in it with any tokenizer and chat template
 BIG_VOCAB, BIG_TEXT, BIG_LENGTH = 50_000, 300, 256  # the CPU scores every token of the vocabulary, at every position
@@ -92,9 +92,10 @@ def rehearse(
         watch.begin(None)
         twin_facts = read_facts(experiment, folder)
         plan = make_plan(experiment, twin_facts)
-        parallel = _parallel(file.experiment, facts)
+        parallel = parallel_of(file.experiment, facts.shape).at_most(PROCESSES)
         place = folder / "runs" / plan.run_id
-        run_locally(LocalRun(plan, twin_facts, folder, place, "cpu", parallel=parallel), watch)
+        result = run_locally(LocalRun(plan, twin_facts, folder, place, "cpu", parallel=parallel), watch)
+        rehearse_sweep.require_every_variant(file, result)
     except UserError as error:
         stage = watch.stage
         return RehearsalResult(watch.finish(), (), (), substituted, placed(error, file, stage), folder, lacks)
@@ -105,12 +106,6 @@ def rehearse(
     cannot = _cannot(file, spec, watch.warnings)
     proves = _proves(experiment, spec, parallel, trained=not lacks)
     return RehearsalResult(watch.finish(), proves, cannot, substituted, not_rehearsed=lacks)
-
-
-def _parallel(experiment: Experiment, facts: Facts) -> Parallel:
-    """Two processes stand for all GPUs of a flavor that has several: they run the code that those will run."""
-    parallel = parallel_of(experiment, facts.shape)
-    return replace(parallel, gpus=min(parallel.gpus, PROCESSES))
 
 
 def lay_out(
@@ -238,6 +233,8 @@ def _changed(experiment: Experiment, data: _Data, big: bool) -> dict[str, Any]:
         "gradient_accumulation": min(train.gradient_accumulation, ACCUMULATION),
         "tracking": "none",
     }
+    if experiment.sweep:
+        values["sweep"] = rehearse_sweep.shortened(experiment, 1 if big else BATCH, ACCUMULATION)
     if experiment.evaluate and values["evaluate"] is not None:
         values["evaluate"] |= {
             "max_new_tokens": min(experiment.evaluate.max_new_tokens, ANSWER),
@@ -269,6 +266,8 @@ def _proves(experiment: Experiment, spec: TwinSpec, parallel: Parallel, *, train
     train = experiment.train
     how = "with MLX " if train.backend is Backend.MLX else ""
     points = [f"`{train.method}` training {how}starts, learns, checkpoints and saves with these settings"] * trained
+    if experiment.sweep:
+        points.append(rehearse_sweep.proven(experiment))
     if parallel.gpus > 1:
         points.append(f"{parallel.gpus} processes share each step ({parallel.sharing}), as the GPUs will")
     if train.sft and trained:

@@ -12,6 +12,7 @@ from pipeline.markdown import code, fence, quote, size
 from pipeline.plan import Plan, StageName
 from pipeline.progress import duration
 from pipeline.result_sections import answers_list
+from pipeline.sweep_sections import comparison_section
 
 Manifest = Mapping[str, Any]
 
@@ -44,6 +45,7 @@ def render_report(result: RunResult) -> str:
         answers_list(result.plan.experiment.hypothesis, result.manifests),
         _verdict(result.manifests.get(StageName.EVALUATE)),
         _training(result.manifests.get(StageName.TRAIN)),
+        comparison_section(result.manifests.get(StageName.TRAIN, {})),
         _samples(result.manifests.get(StageName.EVALUATE)),
         _artifacts(result),
         _usage(result),

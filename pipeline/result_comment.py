@@ -26,6 +26,7 @@ from pipeline.result_sections import (
     samples_section,
     usage_section,
 )
+from pipeline.sweep_sections import comparison_section
 from pipeline.unvouched import mapping, number
 
 HEADS = {
@@ -89,6 +90,7 @@ def _render(ending: Ending) -> str:
         _answers(hypothesis, stages, closed),
         f"**What to do:** {prose(hint)}" if (hint := ending.hint or _text(summary.get("hint"))) else "",
         _telling(summary),
+        comparison_section(stages[StageName.TRAIN]),
         before_after(stages[StageName.EVALUATE]),
         estimates_section(stages, closed),
         _cost(closed),

@@ -77,6 +77,8 @@ def curve_section(stages: Stages, summary: Mapping[str, Any]) -> str:
     losses = read_curve(train.get("history")) or read_curve(kept.get("loss"))
     held_out = read_curve(train.get("eval_history"), "eval_loss") or read_curve(kept.get("eval_loss"))
     before = number(mapping(mapping(stages[StageName.EVALUATE].get("metrics")).get("before")).get("loss"))
+    if before is not None:  # a sweep has measured it too, at step 0
+        held_out = tuple((step, loss) for step, loss in held_out if step > 0)
     points = tuple(Point(int(step), loss) for step, loss in losses)
     said = notes_on(points, tuple((int(step), loss) for step, loss in held_out))
     chart = loss_chart(losses, held_out, before)

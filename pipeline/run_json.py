@@ -5,6 +5,8 @@ from typing import Any
 
 from pipeline.experiment import Method
 from pipeline.plan import Plan, Stage, StageName
+from pipeline.sweep_plan import shares
+from pipeline.variants import variants_of
 
 RUN_SCHEMA = 1
 
@@ -43,7 +45,21 @@ def make_run_json(
         "output": dict(output),
         "predicted": predicted,
         **more,
+        **(_sweep(plan, stage, int(more.get("processes", 1)), "repo" in output) if stage.variants else {}),
     }
+
+
+def _sweep(plan: Plan, stage: Stage, processes: int, is_job: bool) -> dict[str, Any]:
+    """The variants of a sweep with every default filled in; of a job also what bounds its time and money."""
+    variants, sweep = variants_of(plan.experiment), plan.experiment.sweep
+    shared = shares(plan.experiment, plan.shape, processes)
+    rows = [
+        {"words": variant.words, "train": variant.experiment.resolved()["train"], **share}
+        for variant, share in zip(variants, shared, strict=True)
+    ]
+    price, most = stage.flavor.usd_per_minute, sweep.max_usd if sweep else None
+    limits = {"timeout_s": stage.timeout_s, "usd_per_minute": price, "max_usd": most}
+    return {"sweep": {"variants": rows, **(limits if is_job else {})}}
 
 
 def make_inputs(plan: Plan, stage: StageName, source: FindSource, artifact: FindArtifact) -> dict[str, Source]:

@@ -17,6 +17,7 @@ from pipeline.flavors import FLAVORS
 from pipeline.memory import CUDA_CONTEXT_GIB, EXPANDABLE
 from pipeline.models import config_of
 from pipeline.parallel import Sharing, parallel_of
+from pipeline.sweep_plan import heaviest
 from pipeline.traced import TracedMemory
 
 # The script of this code, not of the experiment's repository: that may be a proposal, which is read and never run.
@@ -80,7 +81,7 @@ def trace_request(experiment: Experiment, facts: Facts) -> dict[str, Any]:
         why = facts.config_fault or "is not here"
         model = experiment.base.model
         raise UserError(f"the config.json of `{model}` {why}, and a trace starts from it", "add `--online` to fetch it")
-    return {"config": dict(config), "train": experiment.resolved()["train"], "gpus": flavor.gpus}
+    return {"config": dict(config), "train": heaviest(experiment, facts.shape).resolved()["train"], "gpus": flavor.gpus}
 
 
 def _answer(request: dict[str, Any]) -> str:

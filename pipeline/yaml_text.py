@@ -54,6 +54,20 @@ class YamlText:
             keys = keys[:-1]
         return _at(self.path, self.values.get(keys))
 
+    def find(self, dotted: str, below: Keys = ()) -> Keys:
+        """The path of a dotted key, as far as it is written. A key of the file may hold dots itself: `lora.r`."""
+        parts, keys = dotted.split("."), below
+        while parts:
+            for count in range(len(parts), 0, -1):
+                word = ".".join(parts[:count])
+                found = [(*keys, key) for key in (word, int(word) if word.isdecimal() else word)]
+                if known := next((path for path in found if path in self.values), None):
+                    keys, parts = known, parts[count:]
+                    break
+            else:
+                return keys
+        return keys
+
     def at_key(self, keys: Keys) -> Place:
         """The place of a key."""
         return _at(self.path, self.keys[keys]) if keys in self.keys else self.at(keys)

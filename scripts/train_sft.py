@@ -30,6 +30,10 @@ one process per GPU (gloo on the CPU). `gradient_accumulation` counts the batche
 the same experiment learns the same on any number of GPUs. Only the first process reports, pushes and writes. With
 `sharded` each holds a part of weights, gradients and optimizer (FSDP2) instead of all (DDP).
 
+With `sweep` in run.json (variants of `train`) it trains each in a process of its own, `concurrency` at a time with one
+GPU each, and keeps the adapter with the lowest held-out loss. `sweep.json`, beside the checkpoints and in the repo, has
+a row for each that ended: a killed sweep goes on with the others, and the one it was at begins again on a new disk.
+
 Killed runs go on from the last complete checkpoint in `work/checkpoints`, or in the output repo where there is one.
 Exit codes: 0 done, or another job does it, 1 training failed (not a number, or nothing learned) or a bug, 2 the
 caller's input, 3 the Hub did not take the result, 130 interrupted.
@@ -43,6 +47,7 @@ import json
 import math
 import os
 import platform
+import queue
 import random
 import re
 import resource
@@ -958,20 +963,28 @@ class TrainingFailed(Exception):
         self.message, self.hint = message, hint
 
 
+class Diverged(TrainingFailed):
+    """Loss, gradient or weights are not numbers any more."""
+
+
 def main() -> None:
     """Check what is cheap to check, then train, here or in processes of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="path of a run.json of stage `train`")
     run, started = load_run(parser.parse_args().run, "train"), time.time()
     if "launched" in run:
-        end_with_parent(run)
+        end_with_parent(run["launched"]["parent"])
         named_failures(run, lambda: train(run, Path(run["launched"]["base"]), *split_rows(run), run["launched"]["at"]))
         return
     emit("start", stage="train", run_id=run["run_id"])
+    if "variant" in run:
+        end_with_parent(run["variant"]["parent"])
     begin(run)
     os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # 3 % lost to fragmentation, not 11 %
-    if processes_of(run) == 1:
+    if "sweep" in run:
+        named_failures(run, lambda: sweep(run, started))
+    elif processes_of(run) == 1:
         named_failures(run, lambda: train(run, *prepare(run), started))
     else:
         launch(run, prepare(run)[0], started)  # each process reads the rows again: here they need not stay
@@ -1001,7 +1014,7 @@ def named_failures(run: dict, act: Callable[[], None]) -> None:
     try:
         act()
     except TrainingFailed as error:
-        emit("error", message=error.message, hint=error.hint)
+        emit("error", message=error.message, hint=error.hint, diverged=isinstance(error, Diverged))
         print(f"error: {error.message}\n\nhint: {error.hint}", file=sys.stderr)
         raise SystemExit(1) from error
     except Exception:
@@ -1098,12 +1111,12 @@ def first_failure(run: dict, failures: dict[int, Any]) -> int:
     return min(failures, key=order)
 
 
-def end_with_parent(run: dict) -> None:
+def end_with_parent(parent: int) -> None:
     """A process must not train on when the one that started it is killed: nobody could stop it, and it holds a GPU."""
 
     def watch() -> None:
         while not STOPPED.wait(0.2):
-            if os.getppid() != run["launched"]["parent"]:
+            if os.getppid() != parent:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="parent watch", daemon=True).start()
@@ -1125,6 +1138,340 @@ def summed(values: list[Any], device: Any) -> list[int]:
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(numbers)
     return [int(number) for number in numbers.tolist()]
+
+
+# A sweep: variants of one training, one after the other or one per GPU, each in a process of its own
+
+# The machine's start before this script, and publishing after it: no variant may use these seconds of the timeout.
+SWEEP_RESERVE_S = 300
+STOP_S = GRACE_S + 5  # a variant that is asked to stop has so long to write its checkpoint
+FINAL = ("trained", "diverged")  # a later job does not train these again; one that failed it tries
+
+
+def sweep(run: dict, started: float) -> None:
+    """Train every variant that fits into time and money; the best adapter by held-out loss is the artifact.
+
+    Base and rows are fetched once, here, and this process alone talks to the Hub. What becomes of a variant is no
+    other's: each has fresh memory, a checkpoint folder of its own and an end of its own.
+
+    Raises:
+        InputError, TrainingFailed: not one variant was trained; with the cause of the first.
+    """
+    inputs = sweep_inputs(run)
+    table = Table(run, started)
+    train_variants(run, inputs, table)
+    if table.best is None:
+        raise table.failure()
+    chosen, output = table.variant(table.best), Path(run["output"]["path"])
+    artifact = variant_folder(run, table.best) / "artifact"
+    made = read_json(artifact / "manifest.json")
+    emit("phase", name="save", detail=f"variant {table.best}: {chosen['words']}")
+    shutil.copytree(artifact, output, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+    won = run | {"experiment": run["experiment"] | {"train": chosen["train"]}, "won": chosen["words"]}
+    write_card(won, made["metrics"])
+    kept = {key: made[key] for key in ("metrics", "history", "eval_history", "resumed_from_step", "seed", "versions")}
+    peak = max(row["memory_gib"] for row in table.rows.values() if row["state"] == "trained")
+    measured = {"peak_memory_gib": peak, "duration_s": round(time.time() - started, 1)}
+    write_manifest(run, started, inputs=hashed_inputs(run), measured=measured, sweep=table.sorted_rows(), **kept)
+    shutil.rmtree(variant_folder(run, 0).parent, ignore_errors=True)
+    headline = {key: made["metrics"][key] for key in ("steps", "train_loss", "eval_loss", "tokens_per_s")}
+    emit("end", stage="train", duration_s=round(time.time() - started, 1), won=table.best, **headline)
+
+
+def sweep_inputs(run: dict) -> dict:
+    """What the variants read, all of it on this disk: the base's folder, and rows of the Hub as files."""
+    alone = {key: value for key, value in run.items() if key != "processes"}
+    first = run["experiment"] | {"train": run["sweep"]["variants"][0]["train"]}
+    base, _, held_out = prepare(alone | {"experiment": first})
+    if not held_out:
+        raise InputError("no rows are held out, so no variant wins", "add `eval: {fraction: 0.05}` under `data`")
+    inputs = dict(run["inputs"]) | {"base": {**run["inputs"]["base"], "path": str(base)}}
+    data, split = run["inputs"]["data"], (run["experiment"]["data"].get("eval") or {}).get("split")
+    if "repo" in data:
+        inputs["data"] = rows_on_disk(run, data, run["experiment"]["data"].get("split") or "train", "train.jsonl")
+        if split:
+            inputs["eval_data"] = rows_on_disk(run, data, split, "held-out.jsonl")
+    if "repo" in run["inputs"].get("eval_data", {}):
+        source = run["inputs"]["eval_data"]
+        inputs["eval_data"] = rows_on_disk(run, source, run["experiment"]["data"].get("split") or "train", "eval.jsonl")
+    return inputs
+
+
+def rows_on_disk(run: dict, source: dict, split: str, name: str) -> dict:
+    """The rows of a split of the Hub as a file, as they are."""
+    path = Path(run["work"]) / "rows" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as handle:
+        handle.writelines(json.dumps(row, default=str) + "\n" for _, row in read_raw(source, split))
+    return {"path": str(path)}
+
+
+def variant_folder(run: dict, number: int) -> Path:
+    """Request, checkpoints and artifact of one variant."""
+    return Path(run["work"]) / "variants" / str(number)
+
+
+def variant_run(run: dict, number: int, inputs: dict) -> dict:
+    """The run.json of one variant: its own experiment and folders, local inputs, nothing to publish."""
+    chosen, folder = run["sweep"]["variants"][number - 1], variant_folder(run, number)
+    left_out = ("sweep", "concurrency", "processes", "sharded", "warnings")
+    own = {key: value for key, value in run.items() if key not in left_out}
+    own |= {key: chosen[key] for key in ("processes", "sharded") if key in chosen}
+    own |= {"experiment": run["experiment"] | {"train": chosen["train"]}, "inputs": inputs}
+    own |= {"output": {"path": str(folder / "artifact")}, "work": str(folder / "work")}
+    return own | {"variant": {"number": number, "parent": os.getpid()}}
+
+
+def train_variants(run: dict, inputs: dict, table: "Table") -> None:
+    """Every variant that has no row yet, `concurrency` at a time. However this ends, no process of theirs goes on."""
+    lanes: dict[int, Child] = {}
+    ended: queue.Queue[Child] = queue.Queue()
+    waiting = [number for number in range(1, len(run["sweep"]["variants"]) + 1) if number not in table.rows]
+    try:
+        while waiting or lanes:
+            for lane in range(int(run.get("concurrency", 1))):
+                if waiting and lane not in lanes:
+                    if reason := table.no_room():
+                        table.leave_out(waiting, reason)
+                        waiting = []
+                    else:
+                        lanes[lane] = Child(run, waiting.pop(0), inputs, lane, ended)
+            if lanes:
+                child = ended.get()
+                del lanes[child.lane]
+                table.note(child)
+    finally:
+        for child in lanes.values():
+            child.process.terminate()
+        for child in lanes.values():
+            child.stop()
+
+
+class Child:
+    """The process of one variant: what it prints is passed on, its events with the variant's number."""
+
+    def __init__(self, run: dict, number: int, inputs: dict, lane: int, ended: "queue.Queue[Child]") -> None:
+        self.run, self.number, self.lane, self.ended = run, number, lane, ended
+        self.error: dict = {}
+        self.last, self.began = "", time.monotonic()
+        folder = variant_folder(run, number)
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder / "artifact", ignore_errors=True)
+        request = folder / "run.json"
+        request.write_text(json.dumps(variant_run(run, number, inputs)), encoding="utf-8")
+        self.tell("phase", name="start variant", detail=run["sweep"]["variants"][number - 1]["words"])
+        # A session of its own: Ctrl-C reaches it through this process, once, and its own processes end with it.
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, str(request)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=self.environment(),
+            start_new_session=True,
+        )
+        self.reader = threading.Thread(target=self.read, name=f"variant {number}", daemon=True)
+        self.reader.start()
+
+    def environment(self) -> dict[str, str]:
+        """This process's own, less the GPUs of the variants beside it."""
+        if int(self.run.get("concurrency", 1)) < 2 or self.run["device"] == "cpu":
+            return dict(os.environ)
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
+        mine = given.split(",")[self.lane] if given else str(self.lane)
+        return {**os.environ, "CUDA_VISIBLE_DEVICES": mine}
+
+    def tell(self, event: str, **fields: object) -> None:
+        """An event of this variant."""
+        emit(event, **fields, variant=self.number, variants=len(self.run["sweep"]["variants"]))
+
+    def read(self) -> None:
+        """Pass on every line to the end of the process. A start, an end or an error is one of the variant alone."""
+        assert self.process.stdout is not None
+        for raw in self.process.stdout:
+            line = raw.decode(errors="replace").rstrip("\n")
+            event = self.event_of(line)
+            if event is None:
+                self.last = line.strip()[:500] or self.last
+                print(line + "\n", end="", flush=True)
+            elif event["event"] == "error":
+                self.error = event
+            elif event["event"] not in ("start", "end", "interrupted"):
+                own = {"variant": self.number, "variants": len(self.run["sweep"]["variants"])}
+                print(EVENT_PREFIX + json.dumps(event | own) + "\n", end="", flush=True)
+        self.process.wait()
+        self.ended.put(self)
+
+    def event_of(self, line: str) -> dict | None:
+        """The event on a line; None for any other line."""
+        try:
+            event = json.loads(line.removeprefix(EVENT_PREFIX)) if line.startswith(EVENT_PREFIX) else None
+        except ValueError:
+            return None
+        return event if isinstance(event, dict) and "event" in event else None
+
+    def stop(self) -> None:
+        """Wait for the end of a process that was asked to stop; kill it and its processes when it takes too long."""
+        try:
+            self.process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.reader.join(5)
+
+    def row(self) -> dict:
+        """What became of the variant."""
+        seconds, code = round(time.monotonic() - self.began, 1), self.process.returncode
+        made = read_json(variant_folder(self.run, self.number) / "artifact" / "manifest.json")
+        if code == 0 and made and made["metrics"]["eval_loss"] is not None:
+            before = [entry["eval_loss"] for entry in made["eval_history"] if entry["step"] == 0]
+            losses = {"eval_loss_before": round(before[0], 6) if before else None, **made["metrics"]}
+            kept = {key: losses[key] for key in ("eval_loss_before", "eval_loss", "train_loss", "steps")}
+            return {"state": "trained", "seconds": seconds, **kept, "memory_gib": made["measured"]["peak_memory_gib"]}
+        reason, hint = self.error.get("message") or self.last or "it said nothing", self.error.get("hint", "")
+        if code < 0:
+            reason = f"it was killed by {signal.Signals(-code).name}; its memory may have run out"
+        state, told = "diverged" if self.error.get("diverged") else "failed", bool(self.error) or code < 0
+        row = {"state": state, "seconds": seconds, "reason": one_line_of(Exception(reason)), "hint": hint}
+        return row | {"code": code, "told": told}
+
+
+class Table:
+    """What became of the variants, kept where the next job finds it: `sweep.json`, and the adapter of the best."""
+
+    def __init__(self, run: dict, started: float) -> None:
+        self.run, self.started = run, started
+        self.rows: dict[int, dict] = {}
+        self.spent_s = 0.0  # by jobs before this one
+        self.is_pushed = True  # the best adapter so far is on the Hub, as far as there is one to be pushed to
+        kept = self.kept()
+        if kept.get("fingerprint") != run["fingerprint"]:
+            return
+        self.spent_s = kept["spent_s"]
+        self.rows = {row["variant"]: row for row in kept["rows"] if row["state"] in FINAL}
+        while self.best and not read_json(variant_folder(run, self.best) / "artifact" / "manifest.json"):
+            emit("warning", message=f"the adapter of variant {self.best} is not there any more: it is trained again")
+            del self.rows[self.best]
+        if self.rows:
+            done = ", ".join(str(number) for number in sorted(self.rows))
+            emit("phase", name="resume", detail=f"variants that are done: {done}")
+
+    @property
+    def place(self) -> str:
+        """Where the repo keeps the best adapter; the last commit removes it, as it removes a checkpoint."""
+        return f"{stage_folder(self.run)}/checkpoint/best/"
+
+    @property
+    def best(self) -> int | None:
+        """The trained variant with the lowest held-out loss so far."""
+        trained = [row for row in self.rows.values() if row["state"] == "trained"]
+        return min(trained, key=lambda row: (row["eval_loss"], row["variant"]))["variant"] if trained else None
+
+    def variant(self, number: int) -> dict:
+        """A variant as run.json has it."""
+        return self.run["sweep"]["variants"][number - 1]
+
+    def kept(self) -> dict:
+        """What an earlier job of this run wrote down: on this disk, or in the repo with the best adapter."""
+        path = variant_folder(self.run, 0).parent / "sweep.json"
+        if path.is_file() or not self.run["output"].get("repo"):
+            return read_json(path)
+        return patiently(self.run, "read the sweep so far", START, self.fetch)
+
+    def fetch(self) -> dict:
+        """`sweep.json` of the repo, and the best adapter to where its variant has it."""
+        from huggingface_hub import hf_hub_download
+
+        seen = look(self.run)
+        kept = read_at(self.run, seen, f"{stage_folder(self.run)}/sweep.json")
+        names = [name for name in names_in(seen) if name.startswith(self.place)]
+        if kept.get("fingerprint") != self.run["fingerprint"] or not names:
+            return kept
+        scratch, number = Path(self.run["work"]) / "download", kept["best"]
+        for name in names:
+            hf_hub_download(self.run["output"]["repo"], name, revision=seen.sha, local_dir=scratch)
+        target = variant_folder(self.run, number) / "artifact"
+        shutil.rmtree(target, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (scratch / self.place).rename(target)
+        shutil.rmtree(scratch)
+        return kept
+
+    def sorted_rows(self) -> list[dict]:
+        """Every row in the order of the variants, the winner marked."""
+        own = ("code", "told", "winner")  # how its process ended, and who led when an earlier job wrote this down
+        rows = [{key: value for key, value in self.rows[n].items() if key not in own} for n in sorted(self.rows)]
+        return [row | ({"winner": True} if row["variant"] == self.best else {}) for row in rows]
+
+    def note(self, child: Child) -> None:
+        """A variant has ended: keep its row, and of the adapters the best."""
+        number, before = child.number, self.best
+        row = {"variant": number, "words": self.variant(number)["words"], **child.row()}
+        self.rows[number] = row
+        shown = {key: row[key] for key in ("state", "eval_loss", "seconds") if key in row}
+        child.tell("variant", **shown)
+        if row["state"] != "trained":
+            warn(self.run, f"variant {number} (`{row['words']}`) {row['state']}: {row['reason']}")
+        self.is_pushed = self.is_pushed and self.best == before
+        self.write()
+        for other in self.rows:
+            if other != self.best:
+                shutil.rmtree(variant_folder(self.run, other), ignore_errors=True)
+
+    def leave_out(self, numbers: list[int], reason: str) -> None:
+        """These are not started any more."""
+        for number in numbers:
+            words = self.variant(number)["words"]
+            self.rows[number] = {"variant": number, "words": words, "state": "not started", "reason": reason}
+        warn(self.run, f"{len(numbers)} of {len(self.run['sweep']['variants'])} variants are not started: {reason}")
+
+    def write(self) -> None:
+        """`sweep.json` on this disk, and in the repo in one commit with the best adapter where that is a new one."""
+        known = {"fingerprint": self.run["fingerprint"], "best": self.best, "rows": self.sorted_rows()}
+        known["spent_s"] = round(self.spent_s + time.time() - self.started, 1)
+        path = variant_folder(self.run, 0).parent / "sweep.json"
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(known), encoding="utf-8")
+        part.rename(path)
+        if not self.run["output"].get("repo"):
+            return
+        files: dict[str, Path | bytes] = {f"{stage_folder(self.run)}/sweep.json": path}
+        if not self.is_pushed and self.best:
+            made = artifact_files(variant_folder(self.run, self.best) / "artifact")
+            files |= {self.place + name: file for name, file in made.items()}
+        title = f"train of {self.run['run_id']}: {len(self.rows)} of {len(self.run['sweep']['variants'])} variants"
+        replaces = not self.is_pushed
+        try:
+            push(self.run, title, files, lambda name: replaces and name.startswith(self.place), PUSH)
+            self.is_pushed = True
+        except HubFailed as error:  # the next variant's commit brings it along, or the artifact's
+            warn(self.run, f"the variants so far are not on the Hub: {error.message}")
+
+    def no_room(self) -> str:
+        """Why no further variant can be started; empty where one can, and before anybody knows how long one takes."""
+        limits, took = self.run["sweep"], [row["seconds"] for row in self.rows.values() if row["state"] == "trained"]
+        if not took or "timeout_s" not in limits:
+            return ""
+        longest, used = max(took), time.time() - self.started
+        left = limits["timeout_s"] - SWEEP_RESERVE_S - used
+        if left < longest:
+            return f"{max(left, 0) / 60:.0f} minutes are left of the timeout, and the longest took {longest / 60:.0f}"
+        price = limits["usd_per_minute"] / 60
+        usd = (self.spent_s + used + longest + SWEEP_RESERVE_S) * price
+        if limits["max_usd"] is not None and usd > limits["max_usd"]:
+            return f"with one more the training would cost ${usd:.2f}, and `sweep.max_usd` is {limits['max_usd']:g}"
+        return ""
+
+    def failure(self) -> BaseException:
+        """Why there is no artifact: the cause of the first variant.
+
+        An `error` event is what a reader of the log believes first. Where a traceback is all there is, it must be read.
+        """
+        first = self.rows[min(self.rows)]
+        message = f"no variant was trained; variant {first['variant']} (`{first['words']}`) {first['state']}: "
+        message += first["reason"]
+        if not first["told"]:
+            print(message, file=sys.stderr)
+            return SystemExit(1)
+        kind = InputError if first["code"] == 2 else TrainingFailed
+        return kind(message, first["hint"] or "look at what it printed before this")
 
 
 def train(run: dict, base: Path, train_rows: list[Row], eval_rows: list[Row], started: float) -> None:
@@ -1311,6 +1658,7 @@ def our_settings(run: dict, cpu: bool, has_eval: bool) -> dict:
         "max_length": settings["max_length"] if settings["packing"] else None,  # `tokenize` has cut the rows
         "eval_packing": False,
         "eval_strategy": "steps" if has_eval else "no",
+        "eval_on_start": has_eval and "variant" in run and chosen_checkpoint(run) is None,
         "per_device_eval_batch_size": 1 if settings["packing"] else settings["batch_size"],
         "save_strategy": "steps",
         "save_steps": settings["save_steps"],
@@ -1715,7 +2063,7 @@ class Reporter:
         """End the run: every further step would be paid for nothing."""
         chosen = self.run["experiment"]["train"]["learning_rate"]
         hint = f"use `train.learning_rate: {chosen / 10:.0e}`, or check the base's weights and the data"
-        raise TrainingFailed(f"{message}, with a learning rate of {chosen if rate is None else rate:.3g}", hint)
+        raise Diverged(f"{message}, with a learning rate of {chosen if rate is None else rate:.3g}", hint)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         folder = checkpoints(self.run) / f"checkpoint-{state.global_step}"
@@ -1852,7 +2200,7 @@ def check_weights(model: Any) -> None:
     trained = {name: own_part(p) for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in trained.items():
         if not parameter.isfinite().all():
-            raise TrainingFailed(f"the trained weight `{name}` is not finite", "use a lower `train.learning_rate`")
+            raise Diverged(f"the trained weight `{name}` is not finite", "use a lower `train.learning_rate`")
     second = [p for name, p in trained.items() if "lora_B" in name]  # zero until the first update
     if second and not any(summed([p.any() for p in second], second[0].device)):
         hint = "train for more steps than the warm-up, with a `train.learning_rate` above 0"
@@ -1971,6 +2319,7 @@ def write_card(run: dict, metrics: dict) -> None:
         "run": f"{run['run_id']}, attempt {run['attempt']}, seed {chosen['seed']}",
         "made with": ", ".join(" ".join(item) for item in versions("trl", "transformers", "peft", "torch").items()),
     }
+    facts |= {"chosen for": f"the lowest validation loss of a sweep, by {run['won']}"} if "won" in run else {}
     facts |= origin(run)
     if run["output"].get("repo") and not full and experiment["merge"]:
         facts["merged model"] = experiment["output"]["repo"]

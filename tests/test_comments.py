@@ -40,6 +40,11 @@ def steps(*losses: float, total: int = 600) -> list[tuple[str, dict]]:
     ]
 
 
+def of_variant(number: int, *events: tuple[str, dict]) -> list[tuple[str, dict]]:
+    """The events of one variant of a sweep of six."""
+    return [(kind, {**fields, "variant": number, "variants": 6}) for kind, fields in events]
+
+
 FALLING = [2.31 * 0.97**n + 0.5 for n in range(20)]
 RISING = [*FALLING, *(FALLING[-1] * 1.05**n for n in range(12))]
 
@@ -63,6 +68,16 @@ VIEWS = {
         TRAIN, "now next next next", *steps(*FALLING), ("eval", {"step": 200, "eval_loss": 1.712}), usd=0.43
     ),
     "training-badly": under_way(TRAIN, "now next next next", *steps(*RISING), *BROKEN, usd=0.9, learning_rate=2e-4),
+    "sweeping": under_way(
+        TRAIN,
+        "now next next next",
+        *of_variant(1, *steps(*RISING), ("eval", {"step": 200, "eval_loss": 1.712})),
+        ("warning", {"message": "variant 2 (`lora.r 8`) diverged: `loss` is nan at step 12"}),
+        *of_variant(3, *steps(*FALLING[:15]), ("eval", {"step": 100, "eval_loss": 1.65})),
+        *of_variant(1, *steps(9.0)),  # one that trains beside it
+        usd=0.43,
+        learning_rate=2e-4,
+    ),
     "retried": view("is under way", "now next next next", "train, attempt 2 on a10g-large: the machine was lost"),
     "converting": under_way(
         GGUF,

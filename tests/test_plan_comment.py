@@ -36,6 +36,9 @@ LOCAL = changed("dataset: acme/coach", "dataset: data/coach.jsonl", changed("  r
 COUNTED = DatasetFacts(
     "coach.jsonl", 1000, 950, "messages", True, tokens=TokenFacts(950, 412_345, 171_000, 1800), exact=True
 )
+ROOMY = changed("max_usd: 10", "max_usd: 25", changed("timeout: 4h", "timeout: 12h"))
+SWEEP = ROOMY + "sweep:\n  grid: {learning_rate: [1e-4, 5e-3], lora.r: [16, 64, 4096]}\n  max_usd: 6\n"
+SWEEP = SWEEP.replace("4096", "1024").replace("a10g-large", "t4-medium")
 TROUBLED = replace(
     COUNTED,
     tokens=TokenFacts(947, 401_000, 150_000, 9_120, 48_200, Lines(31, (3, 17, 40, 41, 99)), Lines(3, (17, 40, 41))),
@@ -63,6 +66,18 @@ def with_previous() -> Preview:
     assert before.experiment is not None and now.experiment is not None
     versions = Version(before.experiment, before.plan), Version(now.experiment, now.plan)
     return replace(now, changes=compare(*versions))
+
+
+def side_by_side() -> Preview:
+    """Four variants on four GPUs, against the version with two of them; a word that acts stays words."""
+    text = changed("flavor: a10g-large", "flavor: a10g-largex4", changed("timeout: 12h", "timeout: 3h", ROOMY))
+    entries = "[{}, {learning_rate: 1e-4}, {lora.r: 16}, {sft.lr_scheduler_type: 'cosine|<b>@all'}]"
+    now = preview(f"{text}sweep:\n  list: {entries}\n  concurrency: 4\n  max_usd: 14\n")
+    before = preview(f"{text}sweep:\n  list: [{{}}, {{learning_rate: 1e-4}}]\n")
+    assert before.experiment is not None and now.experiment is not None
+    kept = tuple(found for found in now.findings if found.rule != "TRN003")  # the made-up scheduler
+    versions = Version(before.experiment, before.plan), Version(now.experiment, now.plan)
+    return replace(now, findings=kept, changes=compare(*versions))
 
 
 def hostile() -> Preview:
@@ -128,6 +143,8 @@ CASES: dict[str, Callable[[], Preview]] = {
     "troubled-data": lambda: preview(dataset=TROUBLED),
     "with-previous": with_previous,
     "hostile": hostile,
+    "sweep": lambda: preview(SWEEP),
+    "sweep-side-by-side": side_by_side,
     "traced": lambda: preview(traced=TRACED),
     "traced-does-not-fit": lambda: preview(traced=replace(TRACED, allocated=24.0, activations=15.63)),
     "invalid": invalid,
@@ -179,6 +196,8 @@ def test_decision_comes_first() -> None:
         "troubled-data": said["troubled-data"],
         "with-previous": "## ✅ `coach` fits `a10g-large`",
         "hostile": said["hostile"],
+        "sweep": "## ❌ `coach` does not fit `t4-medium`",
+        "sweep-side-by-side": "## ✅ `coach` fits `a10g-largex4`",
         "traced": "## ✅ `coach` fits `a10g-large`",
         "traced-does-not-fit": "## ❌ `coach` does not fit `a10g-large`",
         "invalid": "## ❌ `coach` is not a valid experiment",

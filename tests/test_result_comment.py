@@ -178,8 +178,60 @@ def overfitted() -> Ending:
     return replace(FULL, manifests={StageName.TRAIN: {**MANIFESTS[StageName.TRAIN], "eval_history": evals}})
 
 
+VARIANTS = [
+    {
+        "variant": 1,
+        "words": "learning_rate 1e-4, lora.r 16",
+        "state": "trained",
+        "seconds": 1980.4,
+        "steps": 180,
+        "eval_loss_before": 1.82,
+        "eval_loss": 1.21,
+        "train_loss": 1.4,
+        "memory_gib": 9.1,
+    },
+    {
+        "variant": 2,
+        "words": "learning_rate 1e-4, lora.r 64",
+        "state": "trained",
+        "seconds": 2040.0,
+        "steps": 180,
+        "eval_loss_before": 1.82,
+        "eval_loss": 1.05,
+        "train_loss": 1.31,
+        "memory_gib": 9.4,
+        "winner": True,
+    },
+    {
+        "variant": 3,
+        "words": "learning_rate 5e-3, lora.r 16",
+        "state": "diverged",
+        "seconds": 310.2,
+        "reason": "`loss` is nan at step 12, with a learning rate of 0.005",
+    },
+    {
+        "variant": 4,
+        "words": "learning_rate 5e-3, lora.r 1024",
+        "state": "failed",
+        "seconds": 71.0,
+        "reason": "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 4.00 GiB. <b>@all</b>",
+    },
+    {
+        "variant": 5,
+        "words": "lora.targets [q_proj|v_proj]",
+        "state": "not started",
+        "reason": "12 minutes are left of the timeout, and the longest took 34",
+    },
+]
+
+
+def swept(rows: object = VARIANTS) -> Ending:
+    return replace(FULL, manifests={**MANIFESTS, StageName.TRAIN: {**MANIFESTS[StageName.TRAIN], "sweep": rows}})
+
+
 ENDINGS = {
     "done": FULL,
+    "done-sweep": swept(),
     "done-tag-only": replace(FULL, manifests={}, rivals=()),
     "done-adapter-only": without(StageName.MERGE, StageName.GGUF, StageName.EVALUATE, hypothesis="It speaks well."),
     "done-full-text": without(StageName.MERGE, StageName.GGUF, StageName.EVALUATE, method="full", loss_on="all"),
@@ -262,6 +314,27 @@ def test_a_manifest_of_any_shape_makes_a_comment(name: StageName) -> None:
         for wrong in WRONG:
             closed = replace(DONE, summary={**SUMMARY, key: wrong})
             assert result_comment(replace(FULL, closed=closed)).startswith("<!-- mergetune:result:")
+
+
+def test_the_rows_of_a_sweep_may_be_anything() -> None:
+    for wrong in WRONG:
+        assert result_comment(swept(wrong)).startswith("<!-- mergetune:result:")
+        for key in VARIANTS[1]:
+            rows = [{**VARIANTS[1], key: wrong}, VARIANTS[0], wrong]
+            assert result_comment(swept(rows)).startswith("<!-- mergetune:result:")
+    assert result_comment(swept([VARIANTS[0]] * 10_000)).count("`learning_rate 1e-4, lora.r 16`") == 32
+    evil_rows = [evil({**row, "words": "", "reason": ""}) for row in VARIANTS]
+    inside = result_comment(swept(evil_rows)).partition("-->")[2]
+    assert "<!--" not in inside and "@everyone" not in re.sub(r"(?<!`)(`+)(?!`).+?(?<!`)\1(?!`)", "", inside)
+
+
+def test_who_won_is_said_in_a_sentence() -> None:
+    won, second = VARIANTS[1], VARIANTS[0]
+    said = "**Variant 2** (`learning_rate 1e-4, lora.r 64`) won with a held-out loss of 1.050: 0.160 (13.2 %) below"
+    assert f"{said} variant 1 (`learning_rate 1e-4, lora.r 16`)." in result_comment(swept([won, second]))
+    assert "is the only one that was trained to its end." in result_comment(swept([won, VARIANTS[2]]))
+    even = result_comment(swept([won, {**second, "eval_loss": 1.05}]))
+    assert "won, and variant 1 (`learning_rate 1e-4, lora.r 16`) is as good: 1.050 both." in even
 
 
 def test_no_manifest_sends_a_reader_to_another_repository() -> None:

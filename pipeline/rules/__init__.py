@@ -77,6 +77,7 @@ from pipeline.rules.scripts import (
     script_parses,
     trainer_arguments_exist,
 )
+from pipeline.rules.sweep import lanes_have_gpus, limit_leaves_variants
 from pipeline.rules.timing import timeout_is_chosen
 from pipeline.rules.token import (
     account_may_write,
@@ -199,6 +200,8 @@ ALL_RULES: tuple[Rule, ...] = (
     Rule("TIM002", budget_within_settings),
     Rule("TIM003", timeouts_hold),
     Rule("TIM004", timeout_is_chosen),
+    Rule("SWP001", lanes_have_gpus),
+    Rule("SWP002", limit_leaves_variants),
 )
 
 __all__ = ["ALL_RULES", "Rule", "Subject"]

@@ -142,10 +142,13 @@ def timeouts_hold(subject: Subject) -> Verdict | None:
     """
     if flavors_exist(subject) or subject.facts.missing:
         return None
+    sweep = subject.file.experiment.sweep
     for stage in make_plan(subject.file.experiment, subject.facts).stages:
-        needed = stage.cost.needed_s
-        if needed is not None and needed * MARGIN > stage.timeout_s:
-            minutes = math.ceil(needed * MARGIN / 60)
+        needed, limit = stage.cost.needed_s, math.inf
+        if stage.variants and sweep and sweep.max_usd and stage.flavor.usd_per_minute:
+            limit = sweep.max_usd / stage.flavor.usd_per_minute * 60  # then no further variant is started
+        if needed is not None and min(needed * MARGIN, limit) > stage.timeout_s:
+            minutes = math.ceil(min(needed * MARGIN, limit) / 60)
             words = f"`{stage.name}` takes about {needed / 60:.0f} minutes on `{stage.flavor.name}`"
             message = f"{words}, its timeout is {stage.timeout_s / 60:.0f}"
             return Verdict(f"{stage.name}.timeout", message, f"write `timeout: {minutes}m` under `{stage.name}`")

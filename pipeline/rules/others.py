@@ -67,7 +67,8 @@ def _choices(experiment: Experiment) -> object:
     """Everything that decides the result, but for the seed: equal for two that do the same, and good as a key."""
     train = {key: value for key, value in experiment.train if key not in NOT_DECIDING}
     quants = experiment.gguf.quants if experiment.gguf else None
-    return _key([experiment.base, experiment.data, quants, train])
+    sweep = (experiment.sweep.grid, experiment.sweep.list) if experiment.sweep else None
+    return _key([experiment.base, experiment.data, quants, train, sweep])
 
 
 def _key(value: object) -> object:
@@ -77,7 +78,7 @@ def _key(value: object) -> object:
             return _key(vars(value))
         case dict():
             return frozenset((name, _key(entry)) for name, entry in value.items())
-        case list():
+        case list() | tuple():
             return tuple(map(_key, value))
         case _:
             return value
