@@ -1,11 +1,11 @@
-"""Value types of the experiment file: durations, names, repository ids, in-repo paths. No field, no file."""
+"""Value types of the experiment file: sections, durations, names, repository ids, in-repo paths. No field, no file."""
 
 import re
 from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from pipeline.errors import excerpt
@@ -16,6 +16,12 @@ NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?")
 # The Hub's rule for `namespace/name`: word characters, `.` and `-`, 96 characters, no `--` or `..`.
 REVISION = r"^[\w./-]{1,128}$"
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+class Section(BaseModel):
+    """A mapping of the file: frozen, and strict about unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, defer_build=True)
 
 
 def fault(message: str, hint: str, key: str = "") -> PydanticCustomError:

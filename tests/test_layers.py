@@ -12,6 +12,7 @@ LAYERS = {
     "yaml_hints": 0,
     "yaml_text": 0,
     "fields": 0,
+    "train_sections": 0,
     "experiment": 0,
     "loader": 0,
     "settings": 0,
