@@ -58,11 +58,8 @@ class CostEstimate:
 
 def estimate_tokens(experiment: Experiment, data: DatasetFacts) -> float:
     """Tokens one pass reads: as counted, or every row as long as `max_length`."""
-    return (
-        data.tokens.total
-        if data.tokens
-        else data.training_rows * _answers(experiment.train) * experiment.train.max_length
-    )
+    train = experiment.train
+    return data.tokens.total if data.tokens else data.training_rows * _answers(train) * train.max_length
 
 
 def estimate_train_seconds(
@@ -166,7 +163,7 @@ def _micro_batches(experiment: Experiment, data: DatasetFacts) -> tuple[float, f
 
 
 def _evaluating(experiment: Experiment, data: DatasetFacts, per_pass: float, batches: float) -> float:
-    """Held-out micro-batches, as training ones: forward alone is a third, of pairs (twice forward, of four passes) a half.
+    """Held-out micro-batches, as training ones: forward alone is a third, of pairs two of four passes.
 
     As often as `Reporter` of the script asks.
     """
