@@ -152,7 +152,7 @@ def spec_of(experiment: Experiment, shape: ModelShape) -> MemorySpec:
     loading: Any = sft.get("model_init_kwargs")
     said = loading.get("attn_implementation") if isinstance(loading, dict) else None
     flavor = FLAVORS.get(train.flavor)
-    full_logits = bool(sft.get("label_smoothing_factor"))
+    full_logits = bool(sft.get("label_smoothing_factor")) and not train.is_dpo
     return MemorySpec(
         seq=train.max_length,
         micro_batch=train.batch_size * (2 if train.is_dpo else 1),  # chosen and rejected in one pass

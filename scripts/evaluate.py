@@ -23,6 +23,10 @@ The argument is a resolved `run.json` (stage `evaluate`). The held-out rows, the
 same lines as in train_sft.py, so both models are scored on what the training never saw, over the tokens that it was
 trained to predict. Decoding is greedy. One model is in memory at a time; `manifest.json` is written last.
 
+After preference tuning (`method: dpo`) the loss is that of the chosen answers, and both models are asked besides which
+answer of each pair is the likelier: from the four likelihoods follow reward margin and accuracy, as DPOTrainer defines
+them, with the base as reference.
+
 Exit codes: 0 done, or another job does it, 1 a loss that is not a number, or a bug, 2 the caller's input, 3 the Hub
 did not take the result, 130 interrupted.
 """
@@ -842,7 +846,7 @@ def split_rows(run: dict) -> tuple[list[Row], list[Row]]:
     """Training rows and held-out rows. Whole rows are held out, so no turn of a held-out row is trained on."""
     data, inputs = run["experiment"]["data"], run["inputs"]
     held_out = data.get("eval") or {}
-    pairs = run["experiment"]["train"]["method"] == "dpo"
+    pairs = run["experiment"]["train"].get("method") == "dpo"
     rows = load_rows(inputs["data"], data.get("split") or "train", pairs)
     if "eval_data" in inputs:
         return rows, load_rows(inputs["eval_data"], data.get("split") or "train", pairs)
@@ -1011,22 +1015,52 @@ def evaluate(
     if (chat or any(isinstance(prompt, list) for prompt in prompts.values())) and not tokenizer.chat_template:
         raise InputError(f"`{folders['before']}` has no chat template", "use an instruction-tuned base, or plain text")
     settings = run["experiment"]["train"]
-    examples = encode_rows(eval_rows, tokenizer, settings["loss_on"]) if eval_rows else []
-    examples = [e for e in (e.cut(settings["max_length"]) for e in examples) if e.trained()]
+    examples, rejected = encode_held_out(settings, eval_rows, tokenizer) if eval_rows else ([], [])
     if eval_rows and not examples:
         message = f"no held-out row has a trained token within `max_length: {settings['max_length']}`"
         raise InputError(message, "use a larger `train.max_length`")
     questions = [encode_prompt(where, prompt, tokenizer, chat) for where, prompt in prompts.items()]
-    results = {}
+    results: dict[str, tuple] = {}
+    ahead: list[float] | None = None  # by how much the base prefers each chosen answer
     for moment, folder in folders.items():
         emit("phase", name=f"load {moment}", detail=folder.name)
         model = load_model(folder, run["device"])
-        scores = score(model, examples, moment) if examples else None
-        results[moment] = scores, answer(model, tokenizer, questions, run["experiment"]["evaluate"]["max_new_tokens"])
+        scores, likely = score(model, examples, moment) if examples else (None, [])
+        worse, unlikely = score(model, rejected, moment) if rejected else ({}, [])
+        told = answer(model, tokenizer, questions, run["experiment"]["evaluate"]["max_new_tokens"])
+        results[moment] = scores, told
+        if rejected:
+            scores |= {"loss_rejected": worse["loss"]} | preferences(settings["dpo"]["beta"], likely, unlikely, ahead)
+            ahead = [one - other for one, other in zip(likely, unlikely, strict=True)]
         del model  # before the next one is loaded
         gc.collect()
         torch.cuda.empty_cache()
     finish(run, started, results, examples, len(eval_rows), list(prompts.values()))
+
+
+def encode_held_out(settings: dict, rows: list[Row], tokenizer: Any) -> tuple[list[Example], list[Example]]:
+    """What is scored of the held-out rows; of pairs the chosen answers, and the rejected ones in the same order."""
+    limit = settings["max_length"]
+    if settings.get("method") != "dpo":
+        examples = (example.cut(limit) for example in encode_rows(rows, tokenizer, settings["loss_on"]))
+        return [example for example in examples if example.trained()], []
+    pairs = [(chosen.cut(limit), rejected.cut(limit)) for chosen, rejected in encode_pairs(rows, tokenizer)]
+    pairs = [pair for pair in pairs if pair[0].trained() and pair[1].trained() and pair[0].ids != pair[1].ids]
+    return [chosen for chosen, _ in pairs], [rejected for _, rejected in pairs]
+
+
+def preferences(beta: float, chosen: list[float], rejected: list[float], before: list[float] | None) -> dict:
+    """For which part of the pairs the chosen answer is the likelier, and what rewards it got beyond `before`.
+
+    A reward is `beta` times what an answer's log-likelihood gained over the base: nothing for the base itself.
+    """
+    ahead = [one - other for one, other in zip(chosen, rejected, strict=True)]
+    found = {"prefers_chosen": round(sum(lead > 0 for lead in ahead) / len(ahead), 6), "reward_margin": 0.0}
+    if before is None:
+        return found
+    margins = [beta * (lead - old) for lead, old in zip(ahead, before, strict=True)]
+    accuracy = sum(margin > 0 for margin in margins) / len(margins)
+    return found | {"reward_margin": round(sum(margins) / len(margins), 6), "reward_accuracy": round(accuracy, 6)}
 
 
 def finish(run: dict, started: float, results: dict, examples: list[Example], rows: int, prompts: list[Any]) -> None:
@@ -1098,22 +1132,24 @@ def load_model(folder: Path, device: str) -> Any:
     return model
 
 
-def score(model: Any, examples: list[Example], moment: str) -> dict:
-    """Mean loss per token in nats and its perplexity, over the trained tokens and over all tokens."""
+def score(model: Any, examples: list[Example], moment: str) -> tuple[dict, list[float]]:
+    """Mean loss per token in nats and its perplexity, over the trained tokens and over all tokens.
+
+    And the log-likelihood of each example's trained tokens.
+    """
     import torch
 
     emit("phase", name=f"evaluate {moment}")
     whole = {example.where: number for number, example in enumerate(examples)}  # the last of a row holds all of it
     summed, count, shown = {"loss": 0.0, "loss_all_tokens": 0.0}, {"loss": 0, "loss_all_tokens": 0}, time.monotonic()
+    likelihoods = []
     for number, example in enumerate(examples):
         ids = torch.tensor([example.ids], device=model.device)
         trained = torch.tensor([example.labels], device=model.device)[:, 1:] != IGNORED
         with torch.inference_mode():
             losses = -model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs.double()
-        summed["loss"], count["loss"] = (
-            summed["loss"] + losses[trained].sum().item(),
-            count["loss"] + int(trained.sum()),
-        )
+        likelihoods.append(-losses[trained].sum().item())
+        summed["loss"], count["loss"] = summed["loss"] - likelihoods[-1], count["loss"] + int(trained.sum())
         if whole[example.where] == number:
             summed["loss_all_tokens"] += losses.sum().item()
             count["loss_all_tokens"] += losses.numel()
@@ -1124,7 +1160,8 @@ def score(model: Any, examples: list[Example], moment: str) -> dict:
     if not all(math.isfinite(mean) for mean in means.values()):
         fail(f"the loss {moment} the training is not a number", "check the weights of that model for NaN")
     means = {name: round(mean, 6) for name, mean in means.items()}
-    return {**means, **{name.replace("loss", "perplexity"): round(math.exp(mean), 4) for name, mean in means.items()}}
+    means |= {name.replace("loss", "perplexity"): round(math.exp(mean), 4) for name, mean in means.items()}
+    return means, likelihoods
 
 
 def encode_prompt(where: str, prompt: Any, tokenizer: Any, chat: bool) -> list[int]:

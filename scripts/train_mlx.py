@@ -887,7 +887,7 @@ def split_rows(run: dict) -> tuple[list[Row], list[Row]]:
     """Training rows and held-out rows. Whole rows are held out, so no turn of a held-out row is trained on."""
     data, inputs = run["experiment"]["data"], run["inputs"]
     held_out = data.get("eval") or {}
-    pairs = run["experiment"]["train"]["method"] == "dpo"
+    pairs = run["experiment"]["train"].get("method") == "dpo"
     rows = load_rows(inputs["data"], data.get("split") or "train", pairs)
     if "eval_data" in inputs:
         return rows, load_rows(inputs["eval_data"], data.get("split") or "train", pairs)

@@ -83,6 +83,7 @@ FIELD_OF = {
 }
 PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")  # columns of DPOTrainer
 DPO_FIELD_OF = {"beta": "train.dpo.beta", "loss_type": "train.dpo.loss"}
+DPO_FIELD_OF |= {"label_smoothing_factor": "train.sft.label_smoothing"}  # DPOTrainer passes over the other in silence
 # … and what the script decides.
 OWNED = """
 output_dir run_name project use_cpu bf16 fp16 trust_remote_code remove_unused_columns label_names ignore_data_skip
@@ -899,7 +900,7 @@ def split_rows(run: dict) -> tuple[list[Row], list[Row]]:
     """Training rows and held-out rows. Whole rows are held out, so no turn of a held-out row is trained on."""
     data, inputs = run["experiment"]["data"], run["inputs"]
     held_out = data.get("eval") or {}
-    pairs = run["experiment"]["train"]["method"] == "dpo"
+    pairs = run["experiment"]["train"].get("method") == "dpo"
     rows = load_rows(inputs["data"], data.get("split") or "train", pairs)
     if "eval_data" in inputs:
         return rows, load_rows(inputs["eval_data"], data.get("split") or "train", pairs)
