@@ -14,6 +14,7 @@ from pipeline.live import Point
 from pipeline.loss_chart import loss_chart, read_curve
 from pipeline.markdown import code, defang, details, fence, money, prose, size, table, visible
 from pipeline.plan import StageName
+from pipeline.preferences import reward_rows
 from pipeline.progress import duration
 from pipeline.unvouched import mapping, number
 from pipeline.usage import COMMIT, REPO, Made, again, llama_cpp, peft, question_of, transformers
@@ -32,11 +33,11 @@ def answers_list(hypothesis: str, stages: Stages) -> str:
     return "\n".join(f"- {HELD[answer.held]} **{answer.claim}**: {answer.measured}" for answer in answers)
 
 
-def before_after(evaluate: Manifest) -> str:
-    """Held-out loss and perplexity of the base and of the result, on the same tokens."""
+def before_after(evaluate: Manifest, train: Manifest) -> str:
+    """Held-out loss and perplexity of the base and of the result, on the same tokens; of preferences the rewards."""
     metrics = mapping(evaluate.get("metrics"))
     before, after = mapping(metrics.get("before")), mapping(metrics.get("after"))
-    rows = []
+    rows = reward_rows(evaluate, train)
     for name, words in (("loss", "held-out loss (nats per token)"), ("perplexity", "held-out perplexity")):
         old, new = number(before.get(name)), number(after.get(name))
         if old is not None and new is not None:

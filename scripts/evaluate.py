@@ -23,9 +23,8 @@ The argument is a resolved `run.json` (stage `evaluate`). The held-out rows, the
 same lines as in train_sft.py, so both models are scored on what the training never saw, over the tokens that it was
 trained to predict. Decoding is greedy. One model is in memory at a time; `manifest.json` is written last.
 
-After preference tuning (`method: dpo`) the loss is that of the chosen answers, and both models are asked besides which
-answer of each pair is the likelier: from the four likelihoods follow reward margin and accuracy, as DPOTrainer defines
-them, with the base as reference.
+After preference tuning (`method: dpo`) both models are asked which answer of each pair is the likelier. From the four
+likelihoods follow reward margin and accuracy, as DPOTrainer defines them, with the base as reference.
 
 Exit codes: 0 done, or another job does it, 1 a loss that is not a number, or a bug, 2 the caller's input, 3 the Hub
 did not take the result, 130 interrupted.
@@ -1028,10 +1027,11 @@ def evaluate(
         scores, likely = score(model, examples, moment) if examples else (None, [])
         worse, unlikely = score(model, rejected, moment) if rejected else ({}, [])
         told = answer(model, tokenizer, questions, run["experiment"]["evaluate"]["max_new_tokens"])
-        results[moment] = scores, told
         if rejected:
-            scores |= {"loss_rejected": worse["loss"]} | preferences(settings["dpo"]["beta"], likely, unlikely, ahead)
+            scores = {"loss_chosen": scores["loss"], "loss_rejected": worse["loss"]}
+            scores |= preferences(settings["dpo"]["beta"], likely, unlikely, ahead)
             ahead = [one - other for one, other in zip(likely, unlikely, strict=True)]
+        results[moment] = scores, told
         del model  # before the next one is loaded
         gc.collect()
         torch.cuda.empty_cache()
@@ -1066,7 +1066,7 @@ def preferences(beta: float, chosen: list[float], rejected: list[float], before:
 def finish(run: dict, started: float, results: dict, examples: list[Example], rows: int, prompts: list[Any]) -> None:
     """Write the comparison."""
     (before, answers_before), (after, answers_after) = results["before"], results["after"]
-    change = round(100 * (after["loss"] / before["loss"] - 1), 3) if before and before["loss"] else None
+    change = round(100 * (after["loss"] / before["loss"] - 1), 3) if before and before.get("loss") else None
     metrics = {"before": before, "after": after, "loss_change_percent": change}
     metrics |= {"tokens": sum(example.trained() for example in examples), "rows": rows}
     samples = zip(prompts, answers_before, answers_after, strict=True)
@@ -1078,7 +1078,9 @@ def finish(run: dict, started: float, results: dict, examples: list[Example], ro
         measured={"peak_memory_gib": peak_memory_gib(run["device"]), "duration_s": round(time.time() - started, 1)},
         versions=versions("torch", "transformers", "trl"),
     )
-    headline = {name: scores["loss"] for name, scores in (("loss_before", before), ("loss_after", after)) if scores}
+    known = [(moment, scores) for moment, scores in (("before", before), ("after", after)) if scores]
+    headline = {f"loss_{moment}": scores["loss"] for moment, scores in known if "loss" in scores}
+    headline |= {f"prefers_chosen_{moment}": s["prefers_chosen"] for moment, s in known if "prefers_chosen" in s}
     emit("end", stage="evaluate", duration_s=round(time.time() - started, 1), **headline, samples=len(prompts))
 
 

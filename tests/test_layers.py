@@ -55,6 +55,7 @@ LAYERS = {
     "live": 1,
     "loss_chart": 1,
     "hypothesis": 1,
+    "preferences": 1,
     "usage": 1,
     "result_comment": 1,
     "result_sections": 1,
