@@ -167,7 +167,7 @@ def spec_of(experiment: Experiment, shape: ModelShape) -> MemorySpec:
         attention=str(said or ("eager" if shape.refuses_sdpa else "sdpa")),
         padded=train.is_dpo or (train.batch_size > 1 and not train.packing and sft.get("padding_free") is not True),
         loss=Loss.LOGITS if full_logits else Loss.FUSED,
-        dropout=lora.dropout > 0,
+        dropout=lora.dropout > 0 and (not train.is_dpo or sft.get("disable_dropout") is False),
         dora=lora.dora,
         whole=tuple(lora.modules_to_save) if train.method is not Method.FULL else (),
         gpus=flavor.gpus if flavor else 1,

@@ -127,6 +127,8 @@ VARIANTS = {
     "padded": (("max_length: 2048", "max_length: 512\n  batch_size: 4"),),
     "dora": (("alpha: 128", "alpha: 128, dora: true"),),
     "eager": (("  lora:", "  sft: {model_init_kwargs: {attn_implementation: eager}}\n  lora:"),),
+    "pairs": (("method: qlora", "method: dpo"),),
+    "pairs on bf16": (("method: qlora", "method: dpo"), ("  lora:", "  dpo: {quantize: false}\n  lora:")),
     "smoothed": (("  lora:", "  sft: {label_smoothing_factor: 0.1}\n  lora:"),),
 }
 
