@@ -71,7 +71,7 @@ class RoughCounter:
         extra = TOKENS_PER_MESSAGE if row.is_chat else 0
         ends = [0]
         for part in parts:
-            ends.append(ends[-1] + len(part) // CHARACTERS_PER_TOKEN + extra)
+            ends.append(ends[-1] + max(len(part) // CHARACTERS_PER_TOKEN, bool(part)) + extra)  # `No.` is a token too
         if loss_on == "all":
             return Counted(ends[-1], ((0, ends[-1]),))
         turns = row.assistant_turns if row.is_chat else [1]

@@ -32,6 +32,8 @@ OWNED_LOADING = ("dtype", "torch_dtype", "quantization_config", "device_map", "r
 # Names that SFTConfig had, or that people expect it to have, and what says it now. `{}` is the value written.
 MOVED = {
     "max_seq_length": "`max_length: {}` under `train`",
+    "max_prompt_length": "nothing: `train.max_length` counts a prompt with its answer",
+    "max_completion_length": "nothing: `train.max_length` counts a prompt with its answer",
     "warmup_ratio": "`warmup_steps: {}`: below 1 it is a part of all steps",
     "evaluation_strategy": "nothing: held-out rows come from `data.eval`",
     "tokenizer": "nothing: the base's tokenizer is used",
@@ -81,9 +83,9 @@ LOGIT_COPIES = 3.1
 
 
 def sft_fields_exist(subject: Subject) -> Verdict | None:
-    """Every key of `train.sft` is a field of the pinned SFTConfig, with `method: dpo` of DPOConfig
+    """Every key of `train.sft` is a field of the pinned SFTConfig
 
-    Why: A name of an older TRL is a TypeError after the machine was started.
+    Why: A name of an older TRL is a TypeError after the machine was started. With `method: dpo` it is DPOConfig's.
     Fix: The name of today; the hint says it.
     """
     known = subject.facts.sft_fields
