@@ -27,7 +27,12 @@ DROPOUT = changed("alpha: 128", "alpha: 128, dropout: 0.05", PAIRS)
 BAD_SFT = [
     (sft_fields_exist, "packing_strategy: bfd", "DPOConfig has no field `packing_strategy`", "did you mean"),
     (sft_fields_exist, "label_smoothin: 0.1", "DPOConfig has no field `label_smoothin`", "`label_smoothing`?"),
-    (sft_fields_exist, "max_prompt_length: 512", "DPOConfig has no field `max_prompt_length`", "`train.max_length` counts"),
+    (
+        sft_fields_exist,
+        "max_prompt_length: 512",
+        "DPOConfig has no field `max_prompt_length`",
+        "`train.max_length` counts",
+    ),
     (sft_values_typed, 'label_smoothing: "0.1"', "DPOConfig wants float", "write `label_smoothing: 0.1`"),
     (sft_keys_are_free, "truncation_mode: keep_end", "`truncation_mode` is set by", "remove `truncation_mode`"),
     (sft_keys_are_free, "sync_ref_model: true", "`sync_ref_model` is set by", "remove `sync_ref_model`"),
