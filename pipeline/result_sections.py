@@ -45,8 +45,12 @@ def before_after(evaluate: Manifest, train: Manifest) -> str:
     if not rows:
         return ""
     tokens, count = number(metrics.get("tokens")), number(metrics.get("rows"))
-    about = f"<sub>Over {tokens:,.0f} tokens of {count:,.0f} rows that the training never saw.</sub>"
-    return table(("", "before", "after", "change"), rows, "lrrr") + (f"\n\n{about}" if tokens and count else "")
+    over = f"{tokens:,.0f} tokens of {count:,.0f} rows" if tokens and count else ""
+    if "reward" in rows[0][0]:
+        pairs = count or number(mapping(train.get("metrics")).get("eval_rows"))
+        over = f"{pairs:,.0f} pairs of answers" if pairs else ""
+    about = f"\n\n<sub>Over {over} that the training never saw.</sub>" if over else ""
+    return table(("", "before", "after", "change"), rows, "lrrr") + about
 
 
 def estimates_section(stages: Stages, closed: Closed) -> str:
