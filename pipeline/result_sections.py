@@ -82,7 +82,8 @@ def curve_section(stages: Stages, summary: Mapping[str, Any]) -> str:
     losses = read_curve(train.get("history")) or read_curve(kept.get("loss"))
     held_out = read_curve(train.get("eval_history"), "eval_loss") or read_curve(kept.get("eval_loss"))
     before = number(mapping(mapping(stages[StageName.EVALUATE].get("metrics")).get("before")).get("loss"))
-    points = tuple(Point(int(step), loss) for step, loss in losses)
+    margin = 0.0 if summary.get("method") == "dpo" else None
+    points = tuple(Point(int(step), loss, reward_margin=margin) for step, loss in losses)
     said = notes_on(points, tuple((int(step), loss) for step, loss in held_out))
     chart = loss_chart(losses, held_out, before)
     return "\n\n".join([chart, *(f"> [!NOTE]\n> {prose(note)}" for note in said[:2])]) if chart else ""
