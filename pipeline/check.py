@@ -19,7 +19,7 @@ from pipeline.rules import ALL_RULES, Subject
 from pipeline.rules.others import relatives
 from pipeline.settings import Settings
 from pipeline.sweep_rules import run_rules_of_variants
-from pipeline.trl_fields import sft_fields
+from pipeline.trl_fields import dpo_fields, sft_fields
 from pipeline.workspace import find_experiments, read_facts, shown_path
 
 Watch = Callable[[Sequence[Any], str], Iterable[Any]]
@@ -84,7 +84,7 @@ def gather_facts(
 ) -> Facts:
     """What the repository, the pinned libraries and (`online`) the Hub say about an experiment."""
     hub, fetched = online.look(experiment, now or datetime.now(UTC)) if online else (None, NOTHING)
-    fields = sft_fields()
+    fields = dpo_fields() if experiment.train.is_dpo else sft_fields()
     facts = read_facts(experiment, root, fetched)
     return replace(
         facts,

@@ -169,7 +169,7 @@ def rehearse(
 def fit(
     path: Annotated[Path | None, typer.Argument(help="An experiment file.", show_default=False, readable=False)] = None,
     model: Annotated[str | None, typer.Option(help="A base of the catalogue, or a folder with a config.json.")] = None,
-    method: Annotated[str, typer.Option(help="With --model: qlora, lora or full.")] = "qlora",
+    method: Annotated[str, typer.Option(help="With --model: qlora, lora, full or dpo.")] = "qlora",
     rank: Annotated[int, typer.Option(help="With --model: rank of the adapter on every linear layer.", min=1)] = 16,
     format: Annotated[RunFormat, typer.Option(help="How to print the table.")] = RunFormat.TEXT,
 ) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.dataset_facts import DatasetFacts
-from pipeline.experiment import Experiment, Method
+from pipeline.experiment import Experiment, Method, Train
 from pipeline.facts import FinishedRun
 from pipeline.flavors import CONTAINER_START_S, FLAVORS, Flavor
 from pipeline.models import ModelShape
@@ -58,7 +58,8 @@ class CostEstimate:
 
 def estimate_tokens(experiment: Experiment, data: DatasetFacts) -> float:
     """Tokens one pass reads: as counted, or every row as long as `max_length`."""
-    return data.tokens.total if data.tokens else data.training_rows * experiment.train.max_length
+    train = experiment.train
+    return data.tokens.total if data.tokens else data.training_rows * _answers(train) * train.max_length
 
 
 def estimate_train_seconds(
@@ -71,7 +72,7 @@ def estimate_train_seconds(
     """Seconds of training on the GPUs of a flavor, corrected by runs of the same kind."""
     train, parallel = experiment.train, parallel_of(experiment, shape, flavor)
     batches, length = count_batches(experiment, data)
-    each = _micro_batch_seconds(train.method, shape, train.batch_size, length, flavor)
+    each = _micro_batch_seconds(train, shape, length, flavor)
     if parallel.gpus > 1:
         each = max(each, _link_seconds(train.method, shape, flavor, parallel)) / (parallel.gpus * SEVERAL)
     ratio = correction(finished, "train", train.method, gpus_of(flavor))
@@ -157,41 +158,51 @@ def _micro_batches(experiment: Experiment, data: DatasetFacts) -> tuple[float, f
     rows = counted.sequences if counted else data.training_rows
     if train.packing:
         return math.ceil(tokens / (train.max_length * PACKED)) / train.batch_size, train.max_length
-    mean = tokens / max(rows, 1)
+    mean, together = tokens / max(rows * _answers(train), 1), train.batch_size * _answers(train)
     longest = min(counted.longest if counted else 2 * mean, train.max_length)
     # The longest of n rows, were their lengths spread evenly between 0 and twice the mean; capped at the longest row.
-    padded = mean * 2 * train.batch_size / (train.batch_size + 1)
+    padded = mean * 2 * together / (together + 1)
     return rows / train.batch_size, max(mean, min(padded, longest))
 
 
 def _evaluating(experiment: Experiment, data: DatasetFacts, per_pass: float, batches: float) -> float:
-    """Held-out micro-batches, as training ones: forward alone is a third. As often as `Reporter` of the script asks."""
+    """Held-out micro-batches, as training ones: forward alone is a third, of pairs two of four passes.
+
+    As often as `Reporter` of the script asks.
+    """
     train = experiment.train
     rows = data.eval_file.training_rows if data.eval_file else data.rows - data.training_rows
     epoch = math.ceil(per_pass / train.gradient_accumulation)
     steps = math.ceil(batches / train.gradient_accumulation)
     every = max(1, min(epoch, train.save_steps * math.ceil(steps / train.save_steps / 10)))
-    return (steps // every) * rows / train.batch_size / 3
+    return (steps // every) * rows / train.batch_size / (2 if train.is_dpo else 3)
 
 
-def _micro_batch_seconds(method: Method, shape: ModelShape, rows: int, length: float, flavor: Flavor) -> float:
+def _answers(train: Train) -> int:
+    """Sequences that one row becomes: of a pair, each answer with its prompt."""
+    return 2 if train.is_dpo else 1
+
+
+def _micro_batch_seconds(train: Train, shape: ModelShape, length: float, flavor: Flavor) -> float:
     """Seconds of forward, recomputed forward and backward of one micro-batch.
 
     6 FLOP per weight and token (8 where the weights have gradients too). An attended pair costs 8 per query element;
-    fused attention keeps the GPU twice as busy as the matrix products do, so it counts half.
+    fused attention keeps the GPU twice as busy as the matrix products do, so it counts half. Preference tuning runs
+    all rows forward once more, through the base alone: 8 FLOP instead of 6, four passes over the layers for three.
     """
     applied = shape.layers * (shape.attention + shape.mlp_matrices * shape.hidden * shape.active_intermediate)
     weights = applied + shape.vocab * shape.hidden
-    full = method is Method.FULL
+    full, rows = train.method is Method.FULL, train.batch_size * _answers(train)
+    passes = 4 / 3 if train.is_dpo else 1.0
     per_token = (8 if full else 6) * weights + 4 * length * shape.query * shape.layers
-    flop = per_token * length * rows
+    flop = passes * per_token * length * rows
     if flavor.gpu is None:
         return flop / (CPU_TFLOPS_PER_VCPU * flavor.vcpus * 1e12)
     part = UTILISATION_FULL if full else next(u for limit, u in UTILISATION if shape.parameters < limit * 1e9)
-    seconds = max(flop / (TFLOPS[flavor.gpu] * 1e12 * part), LAUNCH_S_PER_LAYER * shape.layers)
-    if method is Method.QLORA:
+    seconds = max(flop / (TFLOPS[flavor.gpu] * 1e12 * part), LAUNCH_S_PER_LAYER * shape.layers * passes)
+    if train.quantised:
         quantised = shape.linear - shape.expert_linear - shape.other_linear
-        seconds += quantised * DEQUANT_S_PER_WEIGHT * GB_PER_S["A100"] / GB_PER_S[flavor.gpu]
+        seconds += passes * quantised * DEQUANT_S_PER_WEIGHT * GB_PER_S["A100"] / GB_PER_S[flavor.gpu]
     return seconds
 
 

@@ -44,7 +44,9 @@ def notes_on(
 ) -> tuple[str, ...]:
     """What a curve says, the most serious first; nothing where it looks as a training's curve should."""
     points = [point for point in points if math.isfinite(point.loss)]
-    found = (_high_start(points), _shape(points, rate), _overfitting(points, held_out), _memorised(points))
+    found = [_shape(points, rate), _overfitting(points, held_out)]
+    if all(point.reward_margin is None for point in points):  # the height of a chat model's loss
+        found = [_high_start(points), *found, _memorised(points)]
     return tuple(note for note in found if note)
 
 
@@ -131,9 +133,12 @@ def _not_a_number(points: Sequence[Point], rate: float | None) -> Waste | None:
 
 
 def _masked(points: Sequence[Point]) -> Waste | None:
-    """A loss of exactly 0 with no gradient: every label is masked, so nothing can be learned."""
+    """A loss of exactly 0 with no gradient: every label is masked, so nothing can be learned.
+
+    Not where answers are compared: a margin wide enough for every pair leaves a loss of 0, and is what was wanted.
+    """
     last = points[-IN_A_ROW:]
-    if len(last) < IN_A_ROW or any(point.loss or point.grad_norm for point in last):
+    if len(last) < IN_A_ROW or any(point.loss or point.grad_norm or point.reward_margin for point in last):
         return None
     why = f"loss and gradient are exactly 0 in {IN_A_ROW} logged steps: no token carries loss"
     return Waste(Stop.MASKED, why, "look at `train.loss_on` and `train.max_length`: every label is masked")

@@ -17,7 +17,7 @@ from pipeline.facts import NOTHING, FromHub
 from pipeline.fields import is_path
 from pipeline.read_rows import ReadRows
 from pipeline.rows import parse_line, shown
-from pipeline.tokens import Counter, RoughCounter, RowCount, make_counter, scaled, token_facts
+from pipeline.tokens import Counter, RoughCounter, RowCount, count_pairs, make_counter, scaled, token_facts
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class _Source:
     paths: tuple[Path, ...]
     base: Path | None
     loss_on: str
+    pairs: bool
     limits: Limits
     stamps: tuple[int, ...]
 
@@ -95,18 +96,20 @@ def _source(experiment: Experiment, paths: tuple[Path, ...], base: Path | None, 
     read = [*(base / name for name in FILES), *paths] if base else paths
     stamps = tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in read)
     name = paths[0].name if len(paths) == 1 else experiment.data.dataset
-    return _Source(name, paths, base, experiment.train.loss_on.value, limits, stamps)
+    train = experiment.train
+    return _Source(name, paths, base, train.loss_on.value, train.is_dpo, limits, stamps)
 
 
 @lru_cache(maxsize=4)  # a large file's rows take 100 MB; what is made of them is remembered below
 def _counted(source: _Source) -> _Counted:
     """Read and count once, however many experiments share the file."""
-    read = _read(source.paths, source.limits)
+    read = _read(source)
     chat = bool(read.rows) and read.rows[0][1].is_chat
     counter, known = _counter(source.base, source.stamps[: len(FILES)] if source.base else (), chat)
     # A sample is spread over the file: its order may have a meaning.
     chosen = range(0, len(read.rows), _stride(read, source.limits))
-    counts = counter.count([read.rows[position][1] for position in chosen], source.loss_on)
+    sample = [read.rows[position][1] for position in chosen]
+    counts = count_pairs(counter, sample) if source.pairs else counter.count(sample, source.loss_on)
     counted = dict(zip(chosen, counts, strict=False))
     for position, count in counted.items():
         if count.fault:
@@ -150,10 +153,11 @@ def base_files(base: Path) -> dict[str, str]:
     return {path.name: path.read_text(encoding="utf-8", errors="replace") for path in paths if path.is_file()}
 
 
-def _read(paths: tuple[Path, ...], limits: Limits) -> ReadRows:
+def _read(source: _Source) -> ReadRows:
     """Every row checked, as far as the limits allow for all files together; lines are counted through them."""
-    read, left = ReadRows(), limits.bytes
-    for path in paths:
+    limits, read = source.limits, ReadRows(source.pairs)
+    left = limits.bytes
+    for path in source.paths:
         jsonl, before = path.suffix == ".jsonl", read.total
         within = replace(limits, rows=max(0, limits.rows - before), bytes=max(1, left))
         left -= path.stat().st_size
@@ -242,6 +246,7 @@ def _facts(source: _Source, limit: int, seed: int = 0, fraction: float | None = 
         is_chat=bool(first and first.is_chat),
         issues=tuple(issues),
         duplicates=counted.duplicates,
+        same=read.same(),
         not_alternating=counted.uneven,
         tokens=tokens,
         exact=tokens is not None and not why and not read.problems,
@@ -268,7 +273,7 @@ def _tokens(counted: _Counted, chosen: list[int], limit: int) -> tuple[TokenFact
 
 def _rewritten(counted: list[tuple[int, RowCount]]) -> str:
     """TRL has copies of some templates that keep history; where ours rewrites it, training may read fewer tokens."""
-    split = any(len(count.sequences) > 1 for _, count in counted)
+    split = any(len(count.examples) > 1 for _, count in counted)
     return "the chat template rewrites earlier turns, one sequence for each reply is assumed" if split else ""
 
 

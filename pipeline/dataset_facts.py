@@ -54,8 +54,9 @@ class Lines:
 class TokenFacts:
     """Tokens of one pass over the training rows, for the `max_length` and `loss_on` of the experiment.
 
-    A sequence is what the loss is computed on: a row, or one turn of it where the chat template rewrites history.
-    `total` and `trained` count what is left after the cut; `lost` is what the cut takes, whole dropped rows included.
+    A sequence is what the loss is computed on: a row, or one turn of it where the chat template rewrites history; of
+    pairs both answers together. `total` and `trained` count what is left after the cut; `lost` is what the cut takes,
+    whole dropped rows included.
     """
 
     sequences: int
@@ -78,7 +79,7 @@ class DatasetFacts:
 
     `exact` says that every row was read and counted with the base's own tokenizer and chat template; `estimated` says
     why not, `base_fault` too where the base's tokenizer or template is broken. `eval_file` holds the facts of
-    `data.eval.dataset` or its split, `leaked` the training lines that it repeats.
+    `data.eval.dataset` or its split, `leaked` the training lines that it repeats, `same` the pairs of equal answers.
     """
 
     path: str
@@ -89,6 +90,7 @@ class DatasetFacts:
     issues: tuple[Issues, ...] = ()
     duplicates: Lines = Lines()
     leaked: Lines = Lines()
+    same: Lines = Lines()
     not_alternating: Lines = Lines()
     tokens: TokenFacts | None = None
     exact: bool = False

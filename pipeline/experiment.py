@@ -27,6 +27,7 @@ from pipeline.fields import (
     required_unless,
 )
 from pipeline.sweep import Sweep
+from pipeline.train_sections import Dpo, Mlx, check_dpo
 
 # What the converter can write and llama.cpp can run without an importance matrix.
 QUANTS: tuple[str, ...] = (
@@ -60,6 +61,7 @@ class Method(StrEnum):
     QLORA = "qlora"
     LORA = "lora"
     FULL = "full"
+    DPO = "dpo"
 
 
 class Backend(StrEnum):
@@ -110,7 +112,7 @@ class EvalSplit(Section):
 
 
 class Data(Section):
-    """The rows to learn from: `messages`, `prompt`/`completion`, `conversations` or `text`."""
+    """The rows: `messages`, `prompt`/`completion`, `conversations`, `text`; for `dpo` `chosen`/`rejected`."""
 
     dataset: DataSource = Field(description="Hub id, or a `.jsonl` or `.parquet` path in this repository.")
     revision: Revision | None = Field(None, description="Commit of the dataset on the Hub.")
@@ -134,23 +136,12 @@ class Lora(Section):
     alpha_pattern: dict[str, PositiveFloat] = Field({}, description="Alpha by module-name pattern.")
 
 
-class Mlx(Section):
-    """What only MLX is told."""
-
-    base: BaseSource | None = Field(
-        None,
-        description="MLX model to train on, say a quantised one: Hub id or `./folder`. Left out: `base.model`.",
-    )
-    revision: Revision | None = Field(None, description="Commit of `train.mlx.base` on the Hub.")
-    num_layers: PositiveInt | None = Field(None, description="Only the last so many layers learn. Left out: all.")
-
-
 class Train(Section):
     """The training stage."""
 
     model_config = ConfigDict(json_schema_extra=required_unless("backend", Backend.MLX, "flavor", "timeout"))
 
-    method: Method = Field(description="`qlora`: 4-bit base; `lora`: bf16 base; `full`: every weight.")
+    method: Method = Field(description="`qlora`: 4-bit base; `lora`: bf16; `full`: every weight; `dpo`: preferences.")
     backend: Backend = Field(Backend.TORCH, description="`torch`: a job; `mlx`: your Mac, see docs/mlx.md.")
     flavor: str = Field(
         "", validate_default=True, description="Hardware of a job, such as `a10g-large`; of MLX the chip, or nothing."
@@ -168,13 +159,12 @@ class Train(Section):
         LossOn.ASSISTANT, description="`assistant`: every reply; `completion`: the last one; `all`: every token."
     )
     packing: Boolean = Field(False, description="Fill each row of `max_length` with several examples.")
-    seed: Annotated[int, Field(ge=0, lt=2**32), WHOLE] = Field(
-        42, description="Of data order, held-out draw and dropout."
-    )
+    seed: Annotated[int, Field(ge=0, lt=2**32), WHOLE] = Field(42, description="Of data order, held-out draw, dropout.")
     save_steps: PositiveInt = Field(50, description="Optimizer steps between checkpoints; a retry loses at most these.")
-    lora: Lora | None = Field(None, description="The adapter of `qlora` and `lora`.")
+    lora: Lora | None = Field(None, description="The adapter of `qlora`, `lora` and `dpo`.")
+    dpo: Dpo | None = Field(None, description="What only `method: dpo` is told, see docs/preference-tuning.md.")
     mlx: Mlx | None = Field(None, description="What only `backend: mlx` is told.")
-    sft: FreeValues = Field({}, description="Any other field of TRL's `SFTConfig`.")
+    sft: FreeValues = Field({}, description="Any other field of TRL's `SFTConfig` (`dpo`: `DPOConfig`).")
     tracking: Tracking = Field(Tracking.NONE, description="`none`, or `trackio`.")
     script: RepoPath | None = Field(None, description="A custom job script under the same contract.")
 
@@ -197,7 +187,18 @@ class Train(Section):
             raise fault("`method: full` has no adapter", "remove `lora`, or write `method: lora`")
         if self.mlx is not None and self.backend is Backend.TORCH:
             raise fault("`mlx` is read by `backend: mlx` alone", "remove `mlx`, or write `backend: mlx`", "mlx")
+        check_dpo(self.is_dpo, self.model_fields_set, self.dpo, self.sft)
         return self
+
+    @property
+    def is_dpo(self) -> bool:
+        """Whether it learns from pairs of answers."""
+        return self.method is Method.DPO
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the base is loaded in 4 bits."""
+        return self.method is Method.QLORA or (self.is_dpo and (self.dpo or Dpo()).quantize)
 
 
 class JobStage(Section):
@@ -288,6 +289,10 @@ class Experiment(Section):
             del values["sweep"]
         if self.train.backend is Backend.TORCH:  # says nothing: a request is the same as before there was a choice
             del values["train"]["backend"], values["train"]["mlx"]
+        if self.train.is_dpo:  # an evaluation scores the chosen answer
+            values["train"] |= {"dpo": (self.train.dpo or Dpo()).model_dump(mode="json"), "loss_on": "completion"}
+        else:
+            del values["train"]["dpo"]
         return values
 
 

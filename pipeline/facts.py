@@ -50,8 +50,9 @@ class Facts:
     `content` maps each in-repo path the experiment names to the sha256 of what stands there; `missing` lists the ones
     that are not there. `config` is the base's config.json (`config_fault`: what is wrong with it), `chat_template` its
     template's text (empty: it has none), `sft_fields` the type word of every field of the pinned TRL's SFTConfig
-    (`sft_choices`: the allowed values of some), `scripts` the text of this plan's job scripts by path, `others` the
-    other experiments of the same check, `dataset` what its data file holds, `hub` what the Hub said (None: not asked).
+    or, with `method: dpo`, DPOConfig (`sft_choices`: the allowed values of some), `scripts` the text of this plan's job
+    scripts by path, `others` the other experiments of the same check, `dataset` what its data file holds, `hub` what
+    the Hub said (None: not asked).
     `mlx_config` is the config.json of `train.mlx.base`, `mlx_here` the MLX of this machine (None: nothing trains here),
     `traced` the memory of a traced step (None: not traced).
     """

@@ -35,11 +35,13 @@ def fit_of_model(model: str, method: str, rank: int) -> tuple[str, tuple[Fit, ..
         UserError: no such method, or the base's shape is not known.
     """
     if method not in list(Method):
-        raise UserError(f"there is no method `{method}`", "write `--method qlora`, `lora` or `full`", exit_code=2)
+        hint = "write `--method qlora`, `lora`, `full` or `dpo`"
+        raise UserError(f"there is no method `{method}`", hint, exit_code=2)
     shape: ModelShape | None = CATALOGUE.get(model) or shape_in(Path(model))
     if shape is None:
         raise _unknown(model)
-    spec = MemorySpec(seq=1, method=Method(method), rank=rank)
+    pairs = method == Method.DPO
+    spec = MemorySpec(seq=1, micro_batch=2 if pairs else 1, padded=pairs, method=Method(method), rank=rank)
     return f"Fit of `{model}`, {method}, rank {rank}", fit_table(spec, shape)
 
 

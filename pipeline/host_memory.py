@@ -62,7 +62,7 @@ def ram_gib(stage: str, experiment: Experiment, shape: ModelShape, on_gpu: bool)
     parallel = parallel_of(experiment, shape)
     if stage == "train" and on_gpu and parallel.gpus > 1:
         held = parallel.gpus * held + LIBRARIES_GIB[stage]
-        if parallel.sharing is Sharing.PARTS or experiment.train.method is Method.LORA:
+        if parallel.sharing is Sharing.PARTS or not experiment.train.quantised:
             tensors = weights_gb(shape) * 1e9 / GIB
         tensors *= 1 if parallel.sharing is Sharing.PARTS else parallel.gpus
     if stage == "train" and parallel.lanes > 1:  # variants of a sweep, each in a process of its own

@@ -15,12 +15,16 @@ from pipeline.progress import Progress, advance, begin_stage, progress_of
 
 @dataclass(frozen=True)
 class Point:
-    """One logged training step; NaN where the script said so, None where it said nothing."""
+    """One logged training step; NaN where the script said so, None where it said nothing.
+
+    Only preference tuning has a `reward_margin`; its loss has another scale.
+    """
 
     step: int
     loss: float
     grad_norm: float | None = None
     lr: float | None = None
+    reward_margin: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,9 +91,8 @@ def _after(live: Live, event: Mapping[str, Any]) -> Live:
             return live  # it trains beside the one that is shown
         match event["event"]:
             case "step":
-                point = Point(
-                    int(event["step"]), float(event["loss"]), _number(event, "grad_norm"), _number(event, "lr")
-                )
+                told = (_number(event, key) for key in ("grad_norm", "lr", "reward_margin"))
+                point = Point(int(event["step"]), float(event["loss"]), *told)
                 return replace(live, points=(*live.points, point))
             case "eval":
                 return replace(live, held_out=(*live.held_out, (int(event["step"]), float(event["eval_loss"]))))

@@ -148,14 +148,14 @@ def estimate_need(spec: MemorySpec, shape: ModelShape) -> MemoryEstimate:
 def spec_of(experiment: Experiment, shape: ModelShape) -> MemorySpec:
     """What an experiment says about memory; the defaults are those of scripts/train_sft.py."""
     train, sft = experiment.train, experiment.train.sft
-    lora, qlora = train.lora or Lora(), train.method is Method.QLORA
+    lora, qlora = train.lora or Lora(), train.quantised
     loading: Any = sft.get("model_init_kwargs")
     said = loading.get("attn_implementation") if isinstance(loading, dict) else None
     flavor = FLAVORS.get(train.flavor)
-    full_logits = bool(sft.get("label_smoothing_factor"))
+    full_logits = bool(sft.get("label_smoothing_factor")) and not train.is_dpo
     return MemorySpec(
         seq=train.max_length,
-        micro_batch=train.batch_size,
+        micro_batch=train.batch_size * (2 if train.is_dpo else 1),  # chosen and rejected in one pass
         method=train.method,
         linear="nf4-dq" if qlora else "bf16",
         rank=max([lora.r, *lora.rank_pattern.values()]),
@@ -165,9 +165,9 @@ def spec_of(experiment: Experiment, shape: ModelShape) -> MemorySpec:
         checkpointing=sft.get("gradient_checkpointing") is not False,
         offload=sft.get("activation_offloading") is True,
         attention=str(said or ("eager" if shape.refuses_sdpa else "sdpa")),
-        padded=train.batch_size > 1 and not train.packing and sft.get("padding_free") is not True,
+        padded=train.is_dpo or (train.batch_size > 1 and not train.packing and sft.get("padding_free") is not True),
         loss=Loss.LOGITS if full_logits else Loss.FUSED,
-        dropout=lora.dropout > 0,
+        dropout=lora.dropout > 0 and (not train.is_dpo or sft.get("disable_dropout") is False),
         dora=lora.dora,
         whole=tuple(lora.modules_to_save) if train.method is not Method.FULL else (),
         gpus=flavor.gpus if flavor else 1,

@@ -64,9 +64,11 @@ def parallel_of(experiment: Experiment, shape: ModelShape | None, flavor: Flavor
         return ALONE
     if experiment.sweep and experiment.sweep.concurrency > 1:
         return Parallel(lanes=min(experiment.sweep.concurrency, flavor.gpus))
+    if train.is_dpo:  # scripts/train_sft.py refuses it: pairs that fill a batch up would count in the loss
+        return ALONE
     if train.method is Method.FULL:
         return Parallel(flavor.gpus, Sharing.PARTS)
-    if train.method is Method.LORA and shape is not None:
+    if not train.quantised and shape is not None:
         copies = estimate_need(replace(spec_of(experiment, shape), gpus=flavor.gpus), shape)
         if copies.fits(flavor) is not True:
             return Parallel(flavor.gpus, Sharing.PARTS)

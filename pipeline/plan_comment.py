@@ -10,6 +10,7 @@ from pipeline.plan_changes import plan_hash
 from pipeline.plan_details import estimate_basis, flavors_that_fit, memory_parts, settings_written
 from pipeline.plan_preview import Preview, Verdict, span_of, verdict_of
 from pipeline.plan_sections import changes_section, data_section, findings_section, next_section, stages_section
+from pipeline.preferences import method_words
 from pipeline.progress import duration
 from pipeline.sweep_sections import variants_section
 
@@ -132,7 +133,7 @@ def _what(plan: Plan) -> str:
     experiment = plan.experiment
     seen = "private" if experiment.output.private else "public"
     return (
-        f"{code(experiment.train.method)} of {code(experiment.base.model)} on {code(experiment.data.dataset)}, "
+        f"{method_words(experiment.train)} of {code(experiment.base.model)} on {code(experiment.data.dataset)}, "
         f"into {code(experiment.output.repo)} ({seen})."
     )
 

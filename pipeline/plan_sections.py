@@ -164,6 +164,7 @@ def _data_notes(experiment: Experiment, dataset: DatasetFacts, tokens: TokenFact
         ("DAT007", over, f"longer than `max_length: {length}`: {_rows(over)}; {lost}"),
         ("DAT008", tokens.dropped, f"dropped, with no token left to train on: {_rows(tokens.dropped)}"),
         ("DAT010", dataset.duplicates, f"the same as an earlier row: {_rows(dataset.duplicates)}"),
+        ("DAT014", dataset.same, f"pairs of two equal answers, left out: {_rows(dataset.same)}"),
         ("DAT011", dataset.leaked, f"in the held-out file too: {_rows(dataset.leaked)}"),
     )
     notes = [f"- {words}" for rule, lines, words in troubles if lines.count and rule not in said]

@@ -11,6 +11,7 @@ from pipeline.rows import BadRow, DataRow, check_row
 class ReadRows:
     """Good rows with their lines, and what is wrong with the others. `sampled`: some were only counted."""
 
+    pairs: bool = False  # rows are two answers each
     total: int = 0
     rows: list[tuple[int, DataRow]] = field(default_factory=list)
     problems: dict[Problem, list[RowIssue]] = field(default_factory=dict)
@@ -23,7 +24,7 @@ class ReadRows:
     def check(self, line: int, value: Any) -> None:
         """Keep a parsed row if it is one, and of the format of the first."""
         try:
-            row = check_row(value)
+            row = check_row(value, self.pairs)
         except BadRow as error:
             self.add(error.problem, line, error.message, error.hint)
             return
@@ -36,8 +37,14 @@ class ReadRows:
 
     def characters(self) -> int:
         """Of all text in the good rows."""
-        chats = sum(len(str(message["content"])) for _, row in self.rows for message in row.messages)
-        return chats + sum(len(row.prompt) + len(row.completion) for _, row in self.rows if not row.is_chat)
+        both = [row.with_rejected() for _, row in self.rows if row.rejected is not None]
+        rows = [row for _, row in self.rows] + both
+        chats = sum(len(str(message["content"])) for row in rows for message in row.messages)
+        return chats + sum(len(row.prompt) + len(row.completion) for row in rows if not row.is_chat)
+
+    def same(self) -> Lines:
+        """Pairs whose answers do not differ."""
+        return Lines.of([line for line, row in self.rows if row.is_same])
 
     def duplicates(self) -> Lines:
         """Rows that repeat an earlier one."""

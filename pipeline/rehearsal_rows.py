@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 
-TEXT_KEYS = {"content", "value", "text", "prompt", "completion"}
+TEXT_KEYS = {"content", "value", "text", "prompt", "completion", "chosen", "rejected"}
 SHORTEST = 24  # characters that every text keeps, however many share a row
 
 
@@ -57,6 +57,21 @@ def synthetic_rows(count: int) -> list[str]:
     return rows
 
 
+def made_rows(count: int, pairs: bool) -> tuple[list[str], str]:
+    """Rows for data that is not in the repository, and what they are."""
+    return (synthetic_pairs(count), "pairs") if pairs else (synthetic_rows(count), "conversations")
+
+
+def synthetic_pairs(count: int) -> list[str]:
+    """Pairs of answers, for preference data that is not in the repository."""
+    pairs = []
+    for row in map(json.loads, synthetic_rows(count)):
+        *asked, answer = row["messages"]
+        worse = {**answer, "content": "Nobody knows how deep it is there. Ask somebody else."}
+        pairs.append(json.dumps({"prompt": asked, "chosen": [answer], "rejected": [worse]}))
+    return pairs
+
+
 def texts_of(lines: Iterable[str]) -> Iterator[str]:
     """Every text of JSON lines that a row would be trained on or asked with; other lines have none."""
     for line in lines:
@@ -97,7 +112,10 @@ def _copy_parquet(source: Path, target: Path, count: int, budget: int) -> list[s
 
 def _shorter(row: Any, budget: int) -> Any:
     texts = len(list(_texts_in(row)))
-    return _cut(row, max(SHORTEST, budget // max(texts, 1)))
+    shorter = _cut(row, max(SHORTEST, budget // max(texts, 1)))
+    if isinstance(row, dict) and "chosen" in row and shorter["chosen"] == shorter.get("rejected"):
+        return row  # answers that differ late: cut, there would be nothing to prefer
+    return shorter
 
 
 def _cut(value: Any, limit: int) -> Any:

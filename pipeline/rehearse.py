@@ -25,7 +25,7 @@ from pipeline.parallel import Parallel, parallel_of
 from pipeline.plan import make_plan
 from pipeline.progress import Display, Progress
 from pipeline.rehearsal_place import placed
-from pipeline.rehearsal_rows import copy_first_rows, synthetic_rows, texts_of, write_lines
+from pipeline.rehearsal_rows import copy_first_rows, made_rows, texts_of, write_lines
 from pipeline.twin import TwinSpec, twin_of
 from pipeline.workspace import read_facts
 
@@ -197,8 +197,9 @@ def _write_data(experiment: Experiment, root: Path, found: Found, folder: Path, 
         target = f"./{place}/{file.name if file else 'made.jsonl'}"  # messages repeat the file's name
         (folder / place).mkdir()
         if file is None:
-            write_lines(folder / target, lines := synthetic_rows(count))
-            note = f"`{source}` is not in this repository: {count} made conversations stand in for its rows"
+            lines, what = made_rows(count, experiment.train.is_dpo)
+            write_lines(folder / target, lines)
+            note = f"`{source}` is not in this repository: {count} made {what} stand in for its rows"
             return target, lines, note
         lines = copy_first_rows(file, folder / target, count, budget)
         note = f"the first {len(lines)} rows of `{source}`, their texts cut to {budget} characters, stand for all of it"
@@ -275,7 +276,8 @@ def _proves(experiment: Experiment, spec: TwinSpec, parallel: Parallel, *, train
     if train.lora and train.lora.targets != "all-linear":
         points.append("`train.lora.targets` are layers of this architecture")
     if spec.tokenizer:
-        points.append("the chat template takes the first rows, and `loss_on` finds tokens to learn in them")
+        learned = "both answers of each pair have" if train.is_dpo else "`loss_on` finds"
+        points.append(f"the chat template takes the first rows, and {learned} tokens to learn")
     if experiment.merge:
         points.append("the adapter merges into this architecture")
     if experiment.gguf:

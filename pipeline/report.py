@@ -8,8 +8,9 @@ from typing import Any
 from pipeline.charts import sparkline
 from pipeline.fit import Fit
 from pipeline.flavors import AS_OF
-from pipeline.markdown import code, fence, quote, size
+from pipeline.markdown import code, fence, quote, size, table
 from pipeline.plan import Plan, StageName
+from pipeline.preferences import reward_rows
 from pipeline.progress import duration
 from pipeline.result_sections import answers_list
 from pipeline.sweep_sections import comparison_section
@@ -43,7 +44,7 @@ def render_report(result: RunResult) -> str:
     sections = [
         _heading(result),
         answers_list(result.plan.experiment.hypothesis, result.manifests),
-        _verdict(result.manifests.get(StageName.EVALUATE)),
+        _verdict(result),
         _training(result.manifests.get(StageName.TRAIN)),
         comparison_section(result.manifests.get(StageName.TRAIN, {})),
         _samples(result.manifests.get(StageName.EVALUATE)),
@@ -61,8 +62,8 @@ def render_fit(fits: Sequence[Fit], title: str) -> str:
     head = "| flavor | $/h | GiB | " + " | ".join(f"{length:,}" for length in lengths) + " | longest that fits |"
     rows = [_fit_row(fit) for fit in fits]
     note = f"GiB that training needs at each `max_length`; `?` may not fit, `-` does not. Prices of {AS_OF}."
-    table = "\n".join([head, "|---|" + "--:|" * (len(lengths) + 3), *rows])
-    return f"## {title}\n\n{table}\n\n{note}\n"
+    shown = "\n".join([head, "|---|" + "--:|" * (len(lengths) + 3), *rows])
+    return f"## {title}\n\n{shown}\n\n{note}\n"
 
 
 def fit_as_dict(fits: Sequence[Fit]) -> list[dict[str, Any]]:
@@ -92,12 +93,15 @@ def _heading(result: RunResult) -> str:
     return f"# {result.plan.run_id}\n\n{quote(result.plan.experiment.hypothesis)}\n\nStages done: {done}."
 
 
-def _verdict(evaluate: Manifest | None) -> str:
-    metrics = evaluate.get("metrics", {}) if evaluate else {}
-    if "after" not in metrics:
+def _verdict(result: RunResult) -> str:
+    evaluate, train = (result.manifests.get(stage, {}) for stage in (StageName.EVALUATE, StageName.TRAIN))
+    if rows := reward_rows(evaluate, train):
+        return "Of held-out pairs:\n\n" + table(("", "before", "after", "change"), rows, "lrrr")
+    metrics = evaluate.get("metrics", {})
+    change = metrics.get("loss_change_percent")
+    if change is None:
         return ""
     before, after = metrics["before"], metrics["after"]
-    change = metrics["loss_change_percent"]
     word = "fell" if change < 0 else "rose"
     return (
         f"**Held-out loss {word} by {abs(change):.1f} %**, over {metrics['tokens']:,} tokens of {metrics['rows']:,} "

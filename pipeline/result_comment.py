@@ -91,7 +91,7 @@ def _render(ending: Ending) -> str:
         f"**What to do:** {prose(hint)}" if (hint := ending.hint or _text(summary.get("hint"))) else "",
         _telling(summary),
         comparison_section(stages[StageName.TRAIN]),
-        before_after(stages[StageName.EVALUATE]),
+        before_after(stages[StageName.EVALUATE], stages[StageName.TRAIN]),
         estimates_section(stages, closed),
         _cost(closed),
         curve_section(stages, summary),
@@ -112,7 +112,8 @@ def _answers(hypothesis: str, stages: Mapping[StageName, Mapping[str, Any]], clo
         return ""
     answers = answers_list(hypothesis, stages)
     if not answers and hypothesis:
-        return "❔ The hypothesis names no loss or perplexity to hold it to: judge it by the samples and the curve."
+        numbers = "reward margin or accuracy" if closed.summary.get("method") == "dpo" else "loss or perplexity"
+        return f"❔ The hypothesis names no {numbers} to hold it to: judge it by the samples and the curve."
     return answers
 
 

@@ -14,6 +14,7 @@ from pipeline.live import Point
 from pipeline.loss_chart import loss_chart, read_curve
 from pipeline.markdown import code, defang, details, fence, money, prose, size, table, visible
 from pipeline.plan import StageName
+from pipeline.preferences import reward_rows
 from pipeline.progress import duration
 from pipeline.unvouched import mapping, number
 from pipeline.usage import COMMIT, REPO, Made, again, llama_cpp, peft, question_of, transformers
@@ -32,11 +33,11 @@ def answers_list(hypothesis: str, stages: Stages) -> str:
     return "\n".join(f"- {HELD[answer.held]} **{answer.claim}**: {answer.measured}" for answer in answers)
 
 
-def before_after(evaluate: Manifest) -> str:
-    """Held-out loss and perplexity of the base and of the result, on the same tokens."""
+def before_after(evaluate: Manifest, train: Manifest) -> str:
+    """Held-out loss and perplexity of the base and of the result, on the same tokens; of preferences the rewards."""
     metrics = mapping(evaluate.get("metrics"))
     before, after = mapping(metrics.get("before")), mapping(metrics.get("after"))
-    rows = []
+    rows = reward_rows(evaluate, train)
     for name, words in (("loss", "held-out loss (nats per token)"), ("perplexity", "held-out perplexity")):
         old, new = number(before.get(name)), number(after.get(name))
         if old is not None and new is not None:
@@ -44,8 +45,12 @@ def before_after(evaluate: Manifest) -> str:
     if not rows:
         return ""
     tokens, count = number(metrics.get("tokens")), number(metrics.get("rows"))
-    about = f"<sub>Over {tokens:,.0f} tokens of {count:,.0f} rows that the training never saw.</sub>"
-    return table(("", "before", "after", "change"), rows, "lrrr") + (f"\n\n{about}" if tokens and count else "")
+    over = f"{tokens:,.0f} tokens of {count:,.0f} rows" if tokens and count else ""
+    if "reward" in rows[0][0]:
+        pairs = count or number(mapping(train.get("metrics")).get("eval_rows"))
+        over = f"{pairs:,.0f} pairs of answers" if pairs else ""
+    about = f"\n\n<sub>Over {over} that the training never saw.</sub>" if over else ""
+    return table(("", "before", "after", "change"), rows, "lrrr") + about
 
 
 def estimates_section(stages: Stages, closed: Closed) -> str:
@@ -79,7 +84,8 @@ def curve_section(stages: Stages, summary: Mapping[str, Any]) -> str:
     before = number(mapping(mapping(stages[StageName.EVALUATE].get("metrics")).get("before")).get("loss"))
     if before is not None:  # a sweep has measured it too, at step 0
         held_out = tuple((step, loss) for step, loss in held_out if step > 0)
-    points = tuple(Point(int(step), loss) for step, loss in losses)
+    margin = 0.0 if summary.get("method") == "dpo" else None
+    points = tuple(Point(int(step), loss, reward_margin=margin) for step, loss in losses)
     said = notes_on(points, tuple((int(step), loss) for step, loss in held_out))
     chart = loss_chart(losses, held_out, before)
     return "\n\n".join([chart, *(f"> [!NOTE]\n> {prose(note)}" for note in said[:2])]) if chart else ""

@@ -6,13 +6,14 @@ Formats, roles and words agree with the block `data rows` of scripts/train_sft.p
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.dataset_facts import Problem
 from pipeline.errors import redact
 
 FORMATS = "`messages`, `prompt` + `completion`, `conversations` (from/value) or `text`"
+PAIRS = "`prompt` + `chosen` + `rejected`, or `chosen` + `rejected` with the same beginning"
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "observation": "tool"}
 JSON_NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
@@ -28,12 +29,16 @@ class BadRow(Exception):
 
 @dataclass(frozen=True)
 class DataRow:
-    """A checked row. `prompt` and `completion` are both text, or both lists of messages."""
+    """A checked row. `prompt` and `completion` are both text, or both lists of messages.
+
+    Of a pair of answers `completion` is the chosen one.
+    """
 
     format: str
     prompt: Any
     completion: Any
     tools: list[Any] | None = None
+    rejected: Any = None
 
     @property
     def is_chat(self) -> bool:
@@ -55,6 +60,15 @@ class DataRow:
         """The format in words."""
         return f"`{self.format}` of {'messages' if self.is_chat else 'plain text'}"
 
+    @property
+    def is_same(self) -> bool:
+        """Whether both answers of a pair are the same: there is nothing to prefer."""
+        return bool(self.completion == self.rejected)
+
+    def with_rejected(self) -> "DataRow":
+        """The row with its other answer in the place of the chosen one."""
+        return replace(self, completion=self.rejected)
+
     def alternates(self) -> bool:
         """After system messages, user and assistant take turns, beginning with the user. Tools count as users."""
         spoken = [m["role"] for m in self.messages if m["role"] not in ("system", "developer")]
@@ -63,18 +77,22 @@ class DataRow:
     def digest(self) -> str:
         """Hash of what the row teaches: equal for equal rows, in whatever format and key order they are written."""
         content = [self.messages, self.tools] if self.is_chat else [self.prompt + self.completion, None]
+        content += [] if self.rejected is None else [self.rejected]
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def check_row(raw: Any) -> DataRow:
-    """The row that `raw` describes, by the first format whose columns it has.
+def check_row(raw: Any, pairs: bool = False) -> DataRow:
+    """The row that `raw` describes, by the first format whose columns it has; with `pairs`, two answers.
 
     Raises:
         BadRow: no known format, or something in it that training cannot use.
     """
     if not isinstance(raw, Mapping):
-        raise BadRow(Problem.FORMAT, f"a row is a JSON object, this is {kind_of(raw)}", f"write {FORMATS}")
+        known = PAIRS if pairs else FORMATS
+        raise BadRow(Problem.FORMAT, f"a row is a JSON object, this is {kind_of(raw)}", f"write {known}")
+    if pairs:
+        return _answers(raw)
     given = {key for key, value in raw.items() if value is not None}
     if "messages" in given:
         return DataRow("messages", [], _messages(raw["messages"], "messages"), _tools(raw))
@@ -86,9 +104,13 @@ def check_row(raw: Any) -> DataRow:
         return DataRow("conversations", [], _messages(renamed, "conversations"), _tools(raw))
     if "text" in given:
         return DataRow("text", "", _text(raw["text"], "text"))
+    hint = f"write `method: dpo`, or rows of {FORMATS}" if given >= {"chosen", "rejected"} else f"write {FORMATS}"
+    raise BadRow(Problem.FORMAT, f"no known format: the row has {_columns(raw)}", hint)
+
+
+def _columns(raw: Mapping[str, Any]) -> str:
     columns = ", ".join(f"`{shown(key)}`" for key in list(raw)[:8]) or "no columns"
-    columns += f" and {len(raw) - 8} more" if len(raw) > 8 else ""
-    raise BadRow(Problem.FORMAT, f"no known format: the row has {columns}", f"write {FORMATS}")
+    return columns + (f" and {len(raw) - 8} more" if len(raw) > 8 else "")
 
 
 def shown(value: object, longest: int = 60) -> str:
@@ -133,6 +155,63 @@ def _pair(raw: Mapping[str, Any]) -> DataRow:
             return DataRow("prompt/completion", asked, _messages(completion, "completion"), _tools(raw))
     message = f"`prompt` is {kind_of(prompt)} and `completion` is {kind_of(completion)}"
     raise BadRow(Problem.FORMAT, message, "make both text, or both lists of messages")
+
+
+def _answers(raw: Mapping[str, Any]) -> DataRow:
+    """A pair of answers; their prompt is a column, or how both begin."""
+    prompt, chosen, rejected = (raw.get(key) for key in ("prompt", "chosen", "rejected"))
+    if chosen is None or rejected is None:
+        hint = f"write {PAIRS}, or `method: qlora`"
+        raise BadRow(Problem.FORMAT, f"no pair of answers: the row has {_columns(raw)}", hint)
+    match prompt, chosen, rejected:
+        case ((str() | None), str(), str()):
+            asked, one, other = _text_answers(prompt, chosen, rejected)
+            return DataRow("chosen/rejected", asked, one, None, other)
+        case ((list() | str() | None), list(), list()):
+            said, best, worst = _chat_answers(prompt, chosen, rejected)
+            return DataRow("chosen/rejected", said, best, _tools(raw), worst)
+    kinds = ", ".join(f"`{key}` is {kind_of(raw.get(key))}" for key in ("prompt", "chosen", "rejected"))
+    raise BadRow(Problem.FORMAT, kinds, "make all three text, or all three lists of messages")
+
+
+def _text_answers(prompt: str | None, chosen: str, rejected: str) -> tuple[str, str, str]:
+    one, other = _text(chosen, "chosen"), _text(rejected, "rejected")
+    if prompt is None:
+        prompt = _beginning(one, other).removesuffix(" ")  # the blank before a word belongs to the answer
+        one, other = one[len(prompt) :], other[len(prompt) :]
+        _require_prompt(prompt)
+    return _text(prompt, "prompt"), one, other
+
+
+def _chat_answers(prompt: Any, chosen: list[Any], rejected: list[Any]) -> tuple[list[dict[str, Any]], ...]:
+    """Prompt and answers, as messages. Answers that are whole conversations may say the prompt again."""
+    answers = [_messages(chosen, "chosen"), _messages(rejected, "rejected")]
+    asked = _messages(prompt, "prompt", answered=False) if isinstance(prompt, list) else []
+    begun = _beginning(*answers)
+    if begun and (begun[: len(asked)] == asked if asked else prompt in (None, begun[-1]["content"])):
+        asked, answers = begun, [answer[len(begun) :] for answer in answers]
+    elif isinstance(prompt, str):
+        message = "`prompt` is text, and `chosen` is a list that does not begin with it"
+        raise BadRow(Problem.FORMAT, message, "make all three lists of messages")
+    _require_prompt(asked)
+    for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+        if answer[-1]["role"] != "assistant":
+            message = f"`{name}` does not end with the assistant"
+            raise BadRow(Problem.ROLES, message, "end it with the answer to compare")
+    return asked, *answers
+
+
+def _require_prompt(prompt: Any) -> None:
+    if not prompt:
+        message = "no `prompt`, and `chosen` and `rejected` begin differently"
+        raise BadRow(Problem.FORMAT, message, f"write {PAIRS}")
+
+
+def _beginning(left: Any, right: Any) -> Any:
+    """The characters or messages that both begin with, less the last of each: that much is always an answer."""
+    pairs = enumerate(zip(left[:-1], right[:-1], strict=False))
+    same = next((index for index, (one, other) in pairs if one != other), min(len(left), len(right)) - 1)
+    return left[:same]
 
 
 def _messages(value: Any, name: str, answered: bool = True) -> list[dict[str, Any]]:

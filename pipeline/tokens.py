@@ -33,10 +33,16 @@ class Counted:
 
 @dataclass(frozen=True)
 class RowCount:
-    """The sequences of one row, or why the chat template refuses it."""
+    """The sequences of one row, or why the chat template refuses it. `pair`: they are learned from together."""
 
     sequences: tuple[Counted, ...] = ()
     fault: str = ""
+    pair: bool = False
+
+    @property
+    def examples(self) -> list[tuple[Counted, ...]]:
+        """What the loss is computed on: each sequence, or both together."""
+        return [self.sequences] if self.pair else [(one,) for one in self.sequences]
 
 
 class Counter(Protocol):
@@ -65,7 +71,7 @@ class RoughCounter:
         extra = TOKENS_PER_MESSAGE if row.is_chat else 0
         ends = [0]
         for part in parts:
-            ends.append(ends[-1] + len(part) // CHARACTERS_PER_TOKEN + extra)
+            ends.append(ends[-1] + max(len(part) // CHARACTERS_PER_TOKEN, bool(part)) + extra)  # `No.` is a token too
         if loss_on == "all":
             return Counted(ends[-1], ((0, ends[-1]),))
         turns = row.assistant_turns if row.is_chat else [1]
@@ -230,19 +236,29 @@ def make_counter(files: Mapping[str, str], now: datetime) -> Counter:
 
 
 def token_facts(counted: Sequence[tuple[int, RowCount]], limit: int) -> TokenFacts:
-    """Statistics of counted rows, each with its line, after a cut at `limit`; dropped sequences give nothing."""
-    sequences = [(line, one) for line, count in counted for one in count.sequences]
-    kept = [one for _, one in sequences if one.trained(limit)]
-    total = sum(min(one.length, limit) for one in kept)
+    """Statistics of counted rows, each with its line, after a cut at `limit`; dropped examples give nothing."""
+    examples = [(line, example) for line, count in counted for example in count.examples]
+    kept = [example for _, example in examples if all(one.trained(limit) for one in example)]
+    total = sum(min(one.length, limit) for example in kept for one in example)
+    lengths = [(line, one.length) for line, example in examples for one in example]
     return TokenFacts(
         sequences=len(kept),
         total=total,
-        trained=sum(one.trained(limit) for one in kept),
-        longest=max(one.length for _, one in sequences),
-        lost=sum(one.length for _, one in sequences) - total,
-        over_limit=Lines.of([line for line, one in sequences if one.length > limit]),
-        dropped=Lines.of([line for line, one in sequences if not one.trained(limit)]),
+        trained=sum(one.trained(limit) for example in kept for one in example),
+        longest=max(length for _, length in lengths),
+        lost=sum(length for _, length in lengths) - total,
+        over_limit=Lines.of([line for line, length in lengths if length > limit]),
+        dropped=Lines.of([line for line, example in examples if not all(one.trained(limit) for one in example)]),
     )
+
+
+def count_pairs(counter: Counter, rows: Sequence[DataRow]) -> list[RowCount]:
+    """One count per pair, of both its answers, in their order, or of the first ones."""
+    both = counter.count([one for row in rows for one in (row, row.with_rejected())], "completion")
+    return [
+        RowCount((*chosen.sequences, *rejected.sequences), chosen.fault or rejected.fault, pair=True)
+        for chosen, rejected in zip(both[::2], both[1::2], strict=False)
+    ]
 
 
 def scaled(facts: TokenFacts, by: float) -> TokenFacts:

@@ -1,4 +1,4 @@
-"""The fields of TRL's SFTConfig from their source or from the committed snapshot. Imports neither TRL nor torch."""
+"""The fields of TRL's SFTConfig and DPOConfig, from source or from the committed snapshot. Imports no TRL, no torch."""
 
 import ast
 import json
@@ -10,11 +10,8 @@ from typing import Any
 
 SNAPSHOT = Path(__file__).with_name("trl_fields.json")
 # Base first: a later class says a field again with another default, and its annotation counts.
-SOURCES = (
-    ("transformers/training_args.py", "TrainingArguments"),
-    ("trl/trainer/base_config.py", "_BaseConfig"),
-    ("trl/trainer/sft_config.py", "SFTConfig"),
-)
+SOURCES = (("transformers/training_args.py", "TrainingArguments"), ("trl/trainer/base_config.py", "_BaseConfig"))
+SFT, DPO = ("trl/trainer/sft_config.py", "SFTConfig"), ("trl/trainer/dpo_config.py", "DPOConfig")
 # Enumerations whose values a person writes; `transformers/training_args.py` holds OptimizerNames itself.
 ENUMS = {
     "OptimizerNames": "transformers/training_args.py",
@@ -28,7 +25,7 @@ PLAIN = ("int", "float", "bool", "str", "list", "dict")
 
 @dataclass(frozen=True)
 class SftFields:
-    """SFTConfig of one pinned TRL: the type word of each field, and the values of fields that are a choice."""
+    """A config class of one pinned TRL: the type word of each field, and the values of fields that are a choice."""
 
     versions: Mapping[str, str]
     types: Mapping[str, str]
@@ -39,12 +36,23 @@ class SftFields:
 def sft_fields() -> SftFields:
     """The committed snapshot: what the pinned TRL accepts. Written by `scripts/dev/snapshot_trl_fields.py`."""
     held = json.loads(SNAPSHOT.read_text(encoding="utf-8"))
+    return _fields_of(held["versions"], held)
+
+
+@cache
+def dpo_fields() -> SftFields:
+    """The same of DPOConfig."""
+    held = json.loads(SNAPSHOT.read_text(encoding="utf-8"))
+    return _fields_of(held["versions"], held["dpo"])
+
+
+def _fields_of(versions: Mapping[str, str], held: Mapping[str, Any]) -> SftFields:
     choices = {name: tuple(values) for name, values in held["choices"].items()}
-    return SftFields(held["versions"], held["types"], choices)
+    return SftFields(versions, held["types"], choices)
 
 
-def read_source(site_packages: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Types and choices by field, from the installed source under `site_packages`, read as text.
+def read_source(site_packages: Path, config: tuple[str, str] = SFT) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Types and choices by field of `config`, from the installed source under `site_packages`, read as text.
 
     Raises:
         OSError: TRL or transformers is not installed there.
@@ -52,7 +60,7 @@ def read_source(site_packages: Path) -> tuple[dict[str, str], dict[str, list[str
     enums = {name: _enum_values(_class_of(site_packages / path, name)) for name, path in ENUMS.items()}
     types: dict[str, str] = {}
     choices: dict[str, list[str]] = {}
-    for path, name in SOURCES:
+    for path, name in (*SOURCES, config):
         for field, annotation, metadata in _fields(_class_of(site_packages / path, name)):
             types[field] = _type_word(annotation)
             values = metadata.get("choices") or _values_of(annotation, enums)

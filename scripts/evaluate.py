@@ -23,6 +23,9 @@ The argument is a resolved `run.json` (stage `evaluate`). The held-out rows, the
 same lines as in train_sft.py, so both models are scored on what the training never saw, over the tokens that it was
 trained to predict. Decoding is greedy. One model is in memory at a time; `manifest.json` is written last.
 
+After preference tuning (`method: dpo`) both models are asked which answer of each pair is the likelier. From the four
+likelihoods follow reward margin and accuracy, as DPOTrainer defines them, with the base as reference.
+
 Exit codes: 0 done, or another job does it, 1 a loss that is not a number, or a bug, 2 the caller's input, 3 the Hub
 did not take the result, 130 interrupted.
 """
@@ -560,18 +563,23 @@ def origin(run: dict) -> dict[str, str]:
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "observation": "tool"}
 FORMATS = "`messages`, `prompt` + `completion`, `conversations` (from/value) or `text`"
+PAIRS = "`prompt` + `chosen` + `rejected`, or `chosen` + `rejected` with the same beginning"
 IGNORED = -100  # a label that the loss leaves out
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One checked data row. `prompt` and `completion` are both text, or both lists of messages."""
+    """One checked data row. `prompt` and `completion` are both text, or both lists of messages.
+
+    Of a pair of answers `completion` is the chosen one.
+    """
 
     where: str  # `data.jsonl:17`, for messages to the caller
     format: str
     prompt: Any
     completion: Any
     tools: list | None = None
+    rejected: Any = None
 
     @property
     def is_chat(self) -> bool:
@@ -642,22 +650,22 @@ def read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         raise InputError(f"cannot read `{path}`: {error}", "check that the file is complete Parquet") from error
 
 
-def load_rows(source: dict, split: str) -> list[Row]:
-    """Every row, checked.
+def load_rows(source: dict, split: str, pairs: bool = False) -> list[Row]:
+    """Every row, checked; with `pairs`, of two answers each.
 
     Raises:
         InputError: an empty source, a row that cannot be used, or rows of different formats; names the row.
     """
     rows: list[Row] = []
     for where, raw in read_raw(source, split):
-        row = clean_row(where, raw)
+        row = clean_pair(where, raw) if pairs else clean_row(where, raw)
         if rows and (row.format, row.is_chat) != (rows[0].format, rows[0].is_chat):
             message = f"{where}: this row is {describe(row)}, {rows[0].where} is {describe(rows[0])}"
             raise InputError(message, "use one format for the whole file")
         rows.append(row)
     if not rows:
         name = source.get("repo") or Path(source["path"]).name
-        raise InputError(f"`{name}` holds no rows", f"write at least one row of {FORMATS}")
+        raise InputError(f"`{name}` holds no rows", f"write at least one row of {PAIRS if pairs else FORMATS}")
     return rows
 
 
@@ -674,7 +682,7 @@ def clean_row(where: str, raw: Any) -> Row:
     if "messages" in keys:
         return Row(where, "messages", [], clean_messages(where, raw["messages"], "messages"), clean_tools(where, raw))
     if {"prompt", "completion"} <= keys:
-        return clean_pair(where, raw)
+        return clean_prompted(where, raw)
     if "conversations" in keys:
         turns = raw["conversations"]
         if isinstance(turns, list):
@@ -684,10 +692,67 @@ def clean_row(where: str, raw: Any) -> Row:
     if "text" in keys:
         return Row(where, "text", "", clean_text(where, raw["text"], "text"))
     found = ", ".join(f"`{key}`" for key in raw) or "nothing"
-    raise InputError(f"{where}: no messages: the row has {found}", f"write {FORMATS}")
+    hint = f"use `train.method: dpo`, or write {FORMATS}" if {"chosen", "rejected"} <= keys else f"write {FORMATS}"
+    raise InputError(f"{where}: no messages: the row has {found}", hint)
 
 
-def clean_pair(where: str, raw: dict) -> Row:
+def clean_pair(where: str, raw: Any) -> Row:
+    """A row of two answers, plain or conversational; their prompt is a column, or how both begin."""
+    if not isinstance(raw, dict):
+        raise InputError(f"{where}: a row is a JSON object, this is {kind_of(raw)}", f"write {PAIRS}")
+    prompt, chosen, rejected = (raw.get(key) for key in ("prompt", "chosen", "rejected"))
+    if chosen is None or rejected is None:
+        found = ", ".join(f"`{key}`" for key in raw) or "nothing"
+        raise InputError(f"{where}: no pair of answers: the row has {found}", f"write {PAIRS}, or use `method: qlora`")
+    if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str | None):
+        asked, *answers = clean_text_pair(where, prompt, chosen, rejected)
+        return Row(where, "chosen/rejected", asked, answers[0], None, answers[1])
+    if isinstance(chosen, list) and isinstance(rejected, list) and isinstance(prompt, list | str | None):
+        asked, *answers = clean_chat_pair(where, prompt, chosen, rejected)
+        return Row(where, "chosen/rejected", asked, answers[0], clean_tools(where, raw), answers[1])
+    kinds = ", ".join(f"`{key}` is {kind_of(raw.get(key))}" for key in ("prompt", "chosen", "rejected"))
+    raise InputError(f"{where}: {kinds}", "make all three text, or all three lists of messages")
+
+
+def clean_text_pair(where: str, prompt: str | None, chosen: str, rejected: str) -> list[str]:
+    """Prompt and answers, as text."""
+    answers = [clean_text(where, chosen, "chosen"), clean_text(where, rejected, "rejected")]
+    if prompt is None:
+        prompt = common_beginning(*answers).removesuffix(" ")  # the blank before a word belongs to the answer
+        answers = [answer[len(prompt) :] for answer in answers]
+        require_prompt(where, prompt)
+    return [clean_text(where, prompt, "prompt"), *answers]
+
+
+def clean_chat_pair(where: str, prompt: list | str | None, chosen: list, rejected: list) -> list[list[dict]]:
+    """Prompt and answers, as messages. Answers that are whole conversations may say the prompt again."""
+    answers = [clean_messages(where, chosen, "chosen"), clean_messages(where, rejected, "rejected")]
+    asked = clean_messages(where, prompt, "prompt", answered=False) if isinstance(prompt, list) else []
+    begun = common_beginning(*answers)
+    if begun and (begun[: len(asked)] == asked if asked else prompt in (None, begun[-1]["content"])):
+        asked, answers = begun, [answer[len(begun) :] for answer in answers]
+    elif isinstance(prompt, str):
+        message = f"{where}: `prompt` is text, and `chosen` is a list that does not begin with it"
+        raise InputError(message, "make all three lists of messages")
+    require_prompt(where, asked)
+    for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+        if answer[-1]["role"] != "assistant":
+            raise InputError(f"{where}: `{name}` does not end with the assistant", "end it with the answer to compare")
+    return [asked, *answers]
+
+
+def require_prompt(where: str, prompt: Any) -> None:
+    """Refuse a pair of answers to nothing."""
+    if not prompt:
+        raise InputError(f"{where}: no `prompt`, and `chosen` and `rejected` begin differently", f"write {PAIRS}")
+
+
+def common_beginning(left: Any, right: Any) -> Any:
+    """The characters or messages that both begin with, less the last of each: that much is always an answer."""
+    return left[: common_prefix(left[:-1], right[:-1])]
+
+
+def clean_prompted(where: str, raw: dict) -> Row:
     """A `prompt`/`completion` row, plain or conversational."""
     prompt, completion = raw["prompt"], raw["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
@@ -780,14 +845,15 @@ def split_rows(run: dict) -> tuple[list[Row], list[Row]]:
     """Training rows and held-out rows. Whole rows are held out, so no turn of a held-out row is trained on."""
     data, inputs = run["experiment"]["data"], run["inputs"]
     held_out = data.get("eval") or {}
-    rows = load_rows(inputs["data"], data.get("split") or "train")
+    pairs = run["experiment"]["train"].get("method") == "dpo"
+    rows = load_rows(inputs["data"], data.get("split") or "train", pairs)
     if "eval_data" in inputs:
-        return rows, load_rows(inputs["eval_data"], data.get("split") or "train")
+        return rows, load_rows(inputs["eval_data"], data.get("split") or "train", pairs)
     if held_out.get("split"):
         if "path" in inputs["data"]:
             message = f"`data.eval.split: {held_out['split']}`, but `{Path(inputs['data']['path']).name}` is one file"
             raise InputError(message, "use `data.eval.fraction`, or a second file as `data.eval.dataset`")
-        return rows, load_rows(inputs["data"], held_out["split"])
+        return rows, load_rows(inputs["data"], held_out["split"], pairs)
     if not held_out.get("fraction"):
         return rows, []
     order = list(range(len(rows)))
@@ -874,8 +940,8 @@ def encode_turns(row: Row, ids_of: Callable, messages: list[dict], turns: list[i
     return [label(row, upto, [(common_prefix(prompt, upto), len(upto))]) for prompt, upto in pairs]
 
 
-def common_prefix(left: list[int], right: list[int]) -> int:
-    """How many tokens two sequences share at their start."""
+def common_prefix(left: Any, right: Any) -> int:
+    """How many tokens, characters or messages two sequences share at their start."""
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
@@ -898,6 +964,13 @@ def encode_rows(rows: list[Row], tokenizer: Any, loss_on: str) -> list[Example]:
             shown = time.monotonic()
             emit("progress", done=done, total=len(rows), unit="rows tokenized")
     return examples
+
+
+def encode_pairs(rows: list[Row], tokenizer: Any) -> list[tuple[Example, Example]]:
+    """The chosen and the rejected answer of every row, each behind its prompt, uncut."""
+    answers = [answer for row in rows for answer in (row, dataclasses.replace(row, completion=row.rejected))]
+    examples = encode_rows(answers, tokenizer, "completion")
+    return list(zip(examples[::2], examples[1::2], strict=True))
 
 
 # --- end shared: data rows ---
@@ -941,28 +1014,59 @@ def evaluate(
     if (chat or any(isinstance(prompt, list) for prompt in prompts.values())) and not tokenizer.chat_template:
         raise InputError(f"`{folders['before']}` has no chat template", "use an instruction-tuned base, or plain text")
     settings = run["experiment"]["train"]
-    examples = encode_rows(eval_rows, tokenizer, settings["loss_on"]) if eval_rows else []
-    examples = [e for e in (e.cut(settings["max_length"]) for e in examples) if e.trained()]
+    examples, rejected = encode_held_out(settings, eval_rows, tokenizer) if eval_rows else ([], [])
     if eval_rows and not examples:
         message = f"no held-out row has a trained token within `max_length: {settings['max_length']}`"
         raise InputError(message, "use a larger `train.max_length`")
     questions = [encode_prompt(where, prompt, tokenizer, chat) for where, prompt in prompts.items()]
-    results = {}
+    results: dict[str, tuple] = {}
+    ahead: list[float] | None = None  # by how much the base prefers each chosen answer
     for moment, folder in folders.items():
         emit("phase", name=f"load {moment}", detail=folder.name)
         model = load_model(folder, run["device"])
-        scores = score(model, examples, moment) if examples else None
-        results[moment] = scores, answer(model, tokenizer, questions, run["experiment"]["evaluate"]["max_new_tokens"])
+        scores, likely = score(model, examples, moment) if examples else (None, [])
+        worse, unlikely = score(model, rejected, moment) if rejected else ({}, [])
+        told = answer(model, tokenizer, questions, run["experiment"]["evaluate"]["max_new_tokens"])
+        if rejected:
+            scores = {"loss_chosen": scores["loss"], "loss_rejected": worse["loss"]}
+            scores |= preferences(settings["dpo"]["beta"], likely, unlikely, ahead)
+            ahead = [one - other for one, other in zip(likely, unlikely, strict=True)]
+        results[moment] = scores, told
         del model  # before the next one is loaded
         gc.collect()
         torch.cuda.empty_cache()
     finish(run, started, results, examples, len(eval_rows), list(prompts.values()))
 
 
+def encode_held_out(settings: dict, rows: list[Row], tokenizer: Any) -> tuple[list[Example], list[Example]]:
+    """What is scored of the held-out rows; of pairs the chosen answers, and the rejected ones in the same order."""
+    limit = settings["max_length"]
+    if settings.get("method") != "dpo":
+        examples = (example.cut(limit) for example in encode_rows(rows, tokenizer, settings["loss_on"]))
+        return [example for example in examples if example.trained()], []
+    pairs = [(chosen.cut(limit), rejected.cut(limit)) for chosen, rejected in encode_pairs(rows, tokenizer)]
+    pairs = [pair for pair in pairs if pair[0].trained() and pair[1].trained() and pair[0].ids != pair[1].ids]
+    return [chosen for chosen, _ in pairs], [rejected for _, rejected in pairs]
+
+
+def preferences(beta: float, chosen: list[float], rejected: list[float], before: list[float] | None) -> dict:
+    """For which part of the pairs the chosen answer is the likelier, and what rewards it got beyond `before`.
+
+    A reward is `beta` times what an answer's log-likelihood gained over the base: nothing for the base itself.
+    """
+    ahead = [one - other for one, other in zip(chosen, rejected, strict=True)]
+    found = {"prefers_chosen": round(sum(lead > 0 for lead in ahead) / len(ahead), 6), "reward_margin": 0.0}
+    if before is None:
+        return found
+    margins = [beta * (lead - old) for lead, old in zip(ahead, before, strict=True)]
+    accuracy = sum(margin > 0 for margin in margins) / len(margins)
+    return found | {"reward_margin": round(sum(margins) / len(margins), 6), "reward_accuracy": round(accuracy, 6)}
+
+
 def finish(run: dict, started: float, results: dict, examples: list[Example], rows: int, prompts: list[Any]) -> None:
     """Write the comparison."""
     (before, answers_before), (after, answers_after) = results["before"], results["after"]
-    change = round(100 * (after["loss"] / before["loss"] - 1), 3) if before and before["loss"] else None
+    change = round(100 * (after["loss"] / before["loss"] - 1), 3) if before and before.get("loss") else None
     metrics = {"before": before, "after": after, "loss_change_percent": change}
     metrics |= {"tokens": sum(example.trained() for example in examples), "rows": rows}
     samples = zip(prompts, answers_before, answers_after, strict=True)
@@ -974,7 +1078,9 @@ def finish(run: dict, started: float, results: dict, examples: list[Example], ro
         measured={"peak_memory_gib": peak_memory_gib(run["device"]), "duration_s": round(time.time() - started, 1)},
         versions=versions("torch", "transformers", "trl"),
     )
-    headline = {name: scores["loss"] for name, scores in (("loss_before", before), ("loss_after", after)) if scores}
+    known = [(moment, scores) for moment, scores in (("before", before), ("after", after)) if scores]
+    headline = {f"loss_{moment}": scores["loss"] for moment, scores in known if "loss" in scores}
+    headline |= {f"prefers_chosen_{moment}": s["prefers_chosen"] for moment, s in known if "prefers_chosen" in s}
     emit("end", stage="evaluate", duration_s=round(time.time() - started, 1), **headline, samples=len(prompts))
 
 
@@ -1028,22 +1134,24 @@ def load_model(folder: Path, device: str) -> Any:
     return model
 
 
-def score(model: Any, examples: list[Example], moment: str) -> dict:
-    """Mean loss per token in nats and its perplexity, over the trained tokens and over all tokens."""
+def score(model: Any, examples: list[Example], moment: str) -> tuple[dict, list[float]]:
+    """Mean loss per token in nats and its perplexity, over the trained tokens and over all tokens.
+
+    And the log-likelihood of each example's trained tokens.
+    """
     import torch
 
     emit("phase", name=f"evaluate {moment}")
     whole = {example.where: number for number, example in enumerate(examples)}  # the last of a row holds all of it
     summed, count, shown = {"loss": 0.0, "loss_all_tokens": 0.0}, {"loss": 0, "loss_all_tokens": 0}, time.monotonic()
+    likelihoods = []
     for number, example in enumerate(examples):
         ids = torch.tensor([example.ids], device=model.device)
         trained = torch.tensor([example.labels], device=model.device)[:, 1:] != IGNORED
         with torch.inference_mode():
             losses = -model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs.double()
-        summed["loss"], count["loss"] = (
-            summed["loss"] + losses[trained].sum().item(),
-            count["loss"] + int(trained.sum()),
-        )
+        likelihoods.append(-losses[trained].sum().item())
+        summed["loss"], count["loss"] = summed["loss"] - likelihoods[-1], count["loss"] + int(trained.sum())
         if whole[example.where] == number:
             summed["loss_all_tokens"] += losses.sum().item()
             count["loss_all_tokens"] += losses.numel()
@@ -1054,7 +1162,8 @@ def score(model: Any, examples: list[Example], moment: str) -> dict:
     if not all(math.isfinite(mean) for mean in means.values()):
         fail(f"the loss {moment} the training is not a number", "check the weights of that model for NaN")
     means = {name: round(mean, 6) for name, mean in means.items()}
-    return {**means, **{name.replace("loss", "perplexity"): round(math.exp(mean), 4) for name, mean in means.items()}}
+    means |= {name.replace("loss", "perplexity"): round(math.exp(mean), 4) for name, mean in means.items()}
+    return means, likelihoods
 
 
 def encode_prompt(where: str, prompt: Any, tokenizer: Any, chat: bool) -> list[int]:

@@ -1141,7 +1141,10 @@ def model_card(run: dict, settings: dict) -> str:
     front |= {"pipeline_tag": "text-generation", "datasets": dataset_id and [dataset_id]}
     front["tags"] = ["mergetune", "lora", experiment["train"]["method"]]
     kind = "DoRA" if settings.get("use_dora") else "rsLoRA" if settings.get("use_rslora") else "LoRA"
-    method = {"qlora": f"{kind} on a base quantised to 4 bits (QLoRA)"}.get(experiment["train"]["method"], kind)
+    chosen = experiment["train"]
+    is_quantised = chosen["dpo"]["quantize"] if chosen["method"] == "dpo" else chosen["method"] == "qlora"
+    method = f"{kind} on a base quantised to 4 bits (QLoRA)" if is_quantised else kind
+    method += ", preference tuning (DPO)" if chosen["method"] == "dpo" else ""
     revision = run["inputs"]["base"].get("revision") or base.get("revision")
     facts = {
         "Run": run["run_id"],

@@ -232,6 +232,8 @@ class Step:
     def __init__(self, request: dict, layers: list[int], kinds: list[str]) -> None:
         self.train, self.gpus = request["train"], request.get("gpus", 1)
         self.sft, self.method = self.train.get("sft") or {}, self.train["method"]
+        self.dpo = self.train["dpo"] if self.method == "dpo" else None
+        self.quantised = self.dpo["quantize"] if self.dpo else self.method == "qlora"
         self.config, self.kinds = cut_config(request["config"], layers), [kinds[layer] for layer in layers]
         self.ledger = make_ledger()
 
@@ -259,24 +261,27 @@ class Step:
         """The model as the trainer has it: quantised, with its adapter and TRL's fused output head."""
         import torch
         from peft import get_peft_model
-        from trl.trainer.utils import add_fused_lm_head
+        from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
         self.ledger.enter("load", "weights")
         implementation = (self.sft.get("model_init_kwargs") or {}).get("attn_implementation")
         model = base = load_base(self.config, self.dtype, FLASH if flash(self.sft) else implementation)
-        if self.method == "qlora":
+        if self.quantised:
             quantise(base, self.ledger)
         if self.method != "full":
             self.ledger.enter("load", "adapter")
             model = get_peft_model(base, lora_config(self.train["lora"], hasattr(self.config, "vision_config")))
-            for name, parameter in model.named_parameters() if self.method == "qlora" and self.adapter_dtype else ():
+            for name, parameter in model.named_parameters() if self.quantised and self.adapter_dtype else ():
                 if parameter.requires_grad and "lora_magnitude_vector" not in name:
                     parameter.data = parameter.data.to(getattr(torch, self.adapter_dtype))
         if self.sft.get("gradient_checkpointing") is not False:
             base.gradient_checkpointing_enable()
             if self.method != "full":
                 model.enable_input_require_grads()
-        add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))  # the ones that SFTTrainer asks for
+        asked = ("log_probs", "entropy", "is_top1")  # by SFTTrainer; DPOTrainer has one more
+        add_fused_lm_head(base, outputs=(*asked, "mean_logits") if self.dpo else asked)
+        if self.dpo and self.sft.get("disable_dropout") is not False:
+            disable_dropout_in_model(model)
         return model.train()
 
     def first_step(self, model: Any, parameters: list) -> list:
@@ -289,24 +294,26 @@ class Step:
             parameter.grad = torch.empty_like(parameter)
         buckets = [torch.empty_like(parameter) for parameter in parameters] if self.gpus > 1 else []
         self.ledger.enter("optimizer step", "optimizer")
-        name = self.sft.get("optim", "adamw_8bit" if self.method == "qlora" else "adamw_torch_fused")
+        name = self.sft.get("optim", "adamw_8bit" if self.quantised else "adamw_torch_fused")
         optimizer = step_optimizer(name, self.sft, model, parameters, self.ledger)
         if self.train["gradient_accumulation"] == 1:
             optimizer.zero_grad(set_to_none=True)
         return [optimizer, buckets]
 
     def loss(self, model: Any) -> Any:
-        """The loss of one micro-batch, as SFTTrainer computes it under the Trainer's `bf16: true`."""
+        """The loss of one micro-batch, as TRL's trainers compute it under the Trainer's `bf16: true`."""
         import torch
         from accelerate.utils import convert_outputs_to_fp32
 
-        rows, length = self.train["batch_size"], self.train["max_length"]
+        rows, length = self.train["batch_size"] * (2 if self.dpo else 1), self.train["max_length"]
         shape = (1, rows * length) if self.train["packing"] else (rows, length)
         ids = torch.zeros(shape, dtype=torch.int64)
         inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
         if rows > 1 and not self.train["packing"]:  # rows of different lengths
             inputs["attention_mask"] = torch.ones(shape, dtype=torch.int64)
         forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(model.__call__))
+        if self.dpo:
+            return self.preference(model, lambda: forward(**inputs, labels=ids, fused_lm_head=True).log_probs)
         if smoothing := self.sft.get("label_smoothing_factor"):
             from transformers.trainer_pt_utils import LabelSmoother
 
@@ -315,6 +322,18 @@ class Step:
                 forward(**inputs, labels=ids, fused_lm_head=True)
             return loss
         return -forward(**inputs, labels=ids, fused_lm_head=True).log_probs.sum() / ids.numel()
+
+    def preference(self, model: Any, log_probs: Callable[[], Any]) -> Any:
+        """DPOTrainer's sigmoid loss: the policy's forward pass is kept while the base alone is asked, adapter off."""
+        import torch
+        from trl.models.utils import disable_gradient_checkpointing
+        from trl.trainer.utils import use_adapter
+
+        policy = log_probs()
+        with torch.no_grad(), disable_gradient_checkpointing(model), use_adapter(model, None):
+            reference = log_probs()
+        chosen, rejected = (policy.sum(dim=1) - reference.sum(dim=1)).chunk(2)
+        return -torch.nn.functional.logsigmoid(self.dpo["beta"] * (chosen - rejected)).mean()
 
 
 def load_base(config: Any, dtype: str, attention: str | None) -> Any:

@@ -605,18 +605,23 @@ def origin(run: dict) -> dict[str, str]:
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "observation": "tool"}
 FORMATS = "`messages`, `prompt` + `completion`, `conversations` (from/value) or `text`"
+PAIRS = "`prompt` + `chosen` + `rejected`, or `chosen` + `rejected` with the same beginning"
 IGNORED = -100  # a label that the loss leaves out
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One checked data row. `prompt` and `completion` are both text, or both lists of messages."""
+    """One checked data row. `prompt` and `completion` are both text, or both lists of messages.
+
+    Of a pair of answers `completion` is the chosen one.
+    """
 
     where: str  # `data.jsonl:17`, for messages to the caller
     format: str
     prompt: Any
     completion: Any
     tools: list | None = None
+    rejected: Any = None
 
     @property
     def is_chat(self) -> bool:
@@ -687,22 +692,22 @@ def read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         raise InputError(f"cannot read `{path}`: {error}", "check that the file is complete Parquet") from error
 
 
-def load_rows(source: dict, split: str) -> list[Row]:
-    """Every row, checked.
+def load_rows(source: dict, split: str, pairs: bool = False) -> list[Row]:
+    """Every row, checked; with `pairs`, of two answers each.
 
     Raises:
         InputError: an empty source, a row that cannot be used, or rows of different formats; names the row.
     """
     rows: list[Row] = []
     for where, raw in read_raw(source, split):
-        row = clean_row(where, raw)
+        row = clean_pair(where, raw) if pairs else clean_row(where, raw)
         if rows and (row.format, row.is_chat) != (rows[0].format, rows[0].is_chat):
             message = f"{where}: this row is {describe(row)}, {rows[0].where} is {describe(rows[0])}"
             raise InputError(message, "use one format for the whole file")
         rows.append(row)
     if not rows:
         name = source.get("repo") or Path(source["path"]).name
-        raise InputError(f"`{name}` holds no rows", f"write at least one row of {FORMATS}")
+        raise InputError(f"`{name}` holds no rows", f"write at least one row of {PAIRS if pairs else FORMATS}")
     return rows
 
 
@@ -719,7 +724,7 @@ def clean_row(where: str, raw: Any) -> Row:
     if "messages" in keys:
         return Row(where, "messages", [], clean_messages(where, raw["messages"], "messages"), clean_tools(where, raw))
     if {"prompt", "completion"} <= keys:
-        return clean_pair(where, raw)
+        return clean_prompted(where, raw)
     if "conversations" in keys:
         turns = raw["conversations"]
         if isinstance(turns, list):
@@ -729,10 +734,67 @@ def clean_row(where: str, raw: Any) -> Row:
     if "text" in keys:
         return Row(where, "text", "", clean_text(where, raw["text"], "text"))
     found = ", ".join(f"`{key}`" for key in raw) or "nothing"
-    raise InputError(f"{where}: no messages: the row has {found}", f"write {FORMATS}")
+    hint = f"use `train.method: dpo`, or write {FORMATS}" if {"chosen", "rejected"} <= keys else f"write {FORMATS}"
+    raise InputError(f"{where}: no messages: the row has {found}", hint)
 
 
-def clean_pair(where: str, raw: dict) -> Row:
+def clean_pair(where: str, raw: Any) -> Row:
+    """A row of two answers, plain or conversational; their prompt is a column, or how both begin."""
+    if not isinstance(raw, dict):
+        raise InputError(f"{where}: a row is a JSON object, this is {kind_of(raw)}", f"write {PAIRS}")
+    prompt, chosen, rejected = (raw.get(key) for key in ("prompt", "chosen", "rejected"))
+    if chosen is None or rejected is None:
+        found = ", ".join(f"`{key}`" for key in raw) or "nothing"
+        raise InputError(f"{where}: no pair of answers: the row has {found}", f"write {PAIRS}, or use `method: qlora`")
+    if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str | None):
+        asked, *answers = clean_text_pair(where, prompt, chosen, rejected)
+        return Row(where, "chosen/rejected", asked, answers[0], None, answers[1])
+    if isinstance(chosen, list) and isinstance(rejected, list) and isinstance(prompt, list | str | None):
+        asked, *answers = clean_chat_pair(where, prompt, chosen, rejected)
+        return Row(where, "chosen/rejected", asked, answers[0], clean_tools(where, raw), answers[1])
+    kinds = ", ".join(f"`{key}` is {kind_of(raw.get(key))}" for key in ("prompt", "chosen", "rejected"))
+    raise InputError(f"{where}: {kinds}", "make all three text, or all three lists of messages")
+
+
+def clean_text_pair(where: str, prompt: str | None, chosen: str, rejected: str) -> list[str]:
+    """Prompt and answers, as text."""
+    answers = [clean_text(where, chosen, "chosen"), clean_text(where, rejected, "rejected")]
+    if prompt is None:
+        prompt = common_beginning(*answers).removesuffix(" ")  # the blank before a word belongs to the answer
+        answers = [answer[len(prompt) :] for answer in answers]
+        require_prompt(where, prompt)
+    return [clean_text(where, prompt, "prompt"), *answers]
+
+
+def clean_chat_pair(where: str, prompt: list | str | None, chosen: list, rejected: list) -> list[list[dict]]:
+    """Prompt and answers, as messages. Answers that are whole conversations may say the prompt again."""
+    answers = [clean_messages(where, chosen, "chosen"), clean_messages(where, rejected, "rejected")]
+    asked = clean_messages(where, prompt, "prompt", answered=False) if isinstance(prompt, list) else []
+    begun = common_beginning(*answers)
+    if begun and (begun[: len(asked)] == asked if asked else prompt in (None, begun[-1]["content"])):
+        asked, answers = begun, [answer[len(begun) :] for answer in answers]
+    elif isinstance(prompt, str):
+        message = f"{where}: `prompt` is text, and `chosen` is a list that does not begin with it"
+        raise InputError(message, "make all three lists of messages")
+    require_prompt(where, asked)
+    for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+        if answer[-1]["role"] != "assistant":
+            raise InputError(f"{where}: `{name}` does not end with the assistant", "end it with the answer to compare")
+    return [asked, *answers]
+
+
+def require_prompt(where: str, prompt: Any) -> None:
+    """Refuse a pair of answers to nothing."""
+    if not prompt:
+        raise InputError(f"{where}: no `prompt`, and `chosen` and `rejected` begin differently", f"write {PAIRS}")
+
+
+def common_beginning(left: Any, right: Any) -> Any:
+    """The characters or messages that both begin with, less the last of each: that much is always an answer."""
+    return left[: common_prefix(left[:-1], right[:-1])]
+
+
+def clean_prompted(where: str, raw: dict) -> Row:
     """A `prompt`/`completion` row, plain or conversational."""
     prompt, completion = raw["prompt"], raw["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
@@ -825,14 +887,15 @@ def split_rows(run: dict) -> tuple[list[Row], list[Row]]:
     """Training rows and held-out rows. Whole rows are held out, so no turn of a held-out row is trained on."""
     data, inputs = run["experiment"]["data"], run["inputs"]
     held_out = data.get("eval") or {}
-    rows = load_rows(inputs["data"], data.get("split") or "train")
+    pairs = run["experiment"]["train"].get("method") == "dpo"
+    rows = load_rows(inputs["data"], data.get("split") or "train", pairs)
     if "eval_data" in inputs:
-        return rows, load_rows(inputs["eval_data"], data.get("split") or "train")
+        return rows, load_rows(inputs["eval_data"], data.get("split") or "train", pairs)
     if held_out.get("split"):
         if "path" in inputs["data"]:
             message = f"`data.eval.split: {held_out['split']}`, but `{Path(inputs['data']['path']).name}` is one file"
             raise InputError(message, "use `data.eval.fraction`, or a second file as `data.eval.dataset`")
-        return rows, load_rows(inputs["data"], held_out["split"])
+        return rows, load_rows(inputs["data"], held_out["split"], pairs)
     if not held_out.get("fraction"):
         return rows, []
     order = list(range(len(rows)))
@@ -919,8 +982,8 @@ def encode_turns(row: Row, ids_of: Callable, messages: list[dict], turns: list[i
     return [label(row, upto, [(common_prefix(prompt, upto), len(upto))]) for prompt, upto in pairs]
 
 
-def common_prefix(left: list[int], right: list[int]) -> int:
-    """How many tokens two sequences share at their start."""
+def common_prefix(left: Any, right: Any) -> int:
+    """How many tokens, characters or messages two sequences share at their start."""
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
@@ -943,6 +1006,13 @@ def encode_rows(rows: list[Row], tokenizer: Any, loss_on: str) -> list[Example]:
             shown = time.monotonic()
             emit("progress", done=done, total=len(rows), unit="rows tokenized")
     return examples
+
+
+def encode_pairs(rows: list[Row], tokenizer: Any) -> list[tuple[Example, Example]]:
+    """The chosen and the rejected answer of every row, each behind its prompt, uncut."""
+    answers = [answer for row in rows for answer in (row, dataclasses.replace(row, completion=row.rejected))]
+    examples = encode_rows(answers, tokenizer, "completion")
+    return list(zip(examples[::2], examples[1::2], strict=True))
 
 
 # --- end shared: data rows ---

@@ -17,7 +17,7 @@
 # [tool.uv]
 # exclude-newer = "2026-11-22T00:00:00Z"
 # ///
-"""Fine-tune one base on one data set: QLoRA, LoRA or full, on one GPU, on all GPUs of a machine, or on the CPU.
+"""Fine-tune one base on one data set: QLoRA, LoRA, full or preferences, on one or all GPUs of a machine, or on the CPU.
 
     python scripts/train_sft.py runs/quickstart/train/run.json
 
@@ -29,6 +29,10 @@ With `processes` above 1 in run.json the script checks, then starts itself so ma
 one process per GPU (gloo on the CPU). `gradient_accumulation` counts the batches of a step over all of them, so that
 the same experiment learns the same on any number of GPUs. Only the first process reports, pushes and writes. With
 `sharded` each holds a part of weights, gradients and optimizer (FSDP2) instead of all (DDP).
+
+With `method: dpo` the rows are pairs of answers, and TRL's DPOTrainer learns to prefer the chosen ones; the section
+"Preferences" has all that differs. The reference is the base itself, with the adapter off: no second model is loaded.
+One process only.
 
 With `sweep` in run.json (variants of `train`) it trains each in a process of its own, `concurrency` at a time with one
 GPU each, and keeps the adapter with the lowest held-out loss. `sweep.json`, beside the checkpoints and in the repo, has
@@ -82,6 +86,9 @@ FIELD_OF = {
     "report_to": "train.tracking",
     "hub_model_id": "output.repo",
 }
+PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")  # columns of DPOTrainer
+DPO_FIELD_OF = {"beta": "train.dpo.beta", "loss_type": "train.dpo.loss"}
+DPO_FIELD_OF |= {"label_smoothing_factor": "train.sft.label_smoothing"}  # DPOTrainer passes over the other in silence
 # … and what the script decides.
 OWNED = """
 output_dir run_name project use_cpu bf16 fp16 trust_remote_code remove_unused_columns label_names ignore_data_skip
@@ -90,6 +97,10 @@ trackio_space_id trackio_static_space_id save_strategy save_total_limit save_onl
 load_best_model_at_end eval_strategy eval_steps do_eval per_device_eval_batch_size eval_packing disable_tqdm
 logging_strategy logging_steps logging_nan_inf_filter dataset_kwargs dataset_text_field chat_template_path eos_token
 pad_token fsdp fsdp_config deepspeed parallelism_config average_tokens_across_devices
+"""
+DPO_OWNED = """
+truncation_mode padding_free loss_weights precompute_ref_log_probs precompute_ref_batch_size sync_ref_model
+ref_model_mixup_alpha ref_model_sync_steps
 """
 OWNED_LOADING = ("dtype", "torch_dtype", "quantization_config", "device_map", "revision", "trust_remote_code")
 # A CPU run (a rehearsal) leaves these out with a warning, instead of failing on them.
@@ -612,18 +623,23 @@ def origin(run: dict) -> dict[str, str]:
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "observation": "tool"}
 FORMATS = "`messages`, `prompt` + `completion`, `conversations` (from/value) or `text`"
+PAIRS = "`prompt` + `chosen` + `rejected`, or `chosen` + `rejected` with the same beginning"
 IGNORED = -100  # a label that the loss leaves out
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One checked data row. `prompt` and `completion` are both text, or both lists of messages."""
+    """One checked data row. `prompt` and `completion` are both text, or both lists of messages.
+
+    Of a pair of answers `completion` is the chosen one.
+    """
 
     where: str  # `data.jsonl:17`, for messages to the caller
     format: str
     prompt: Any
     completion: Any
     tools: list | None = None
+    rejected: Any = None
 
     @property
     def is_chat(self) -> bool:
@@ -694,22 +710,22 @@ def read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         raise InputError(f"cannot read `{path}`: {error}", "check that the file is complete Parquet") from error
 
 
-def load_rows(source: dict, split: str) -> list[Row]:
-    """Every row, checked.
+def load_rows(source: dict, split: str, pairs: bool = False) -> list[Row]:
+    """Every row, checked; with `pairs`, of two answers each.
 
     Raises:
         InputError: an empty source, a row that cannot be used, or rows of different formats; names the row.
     """
     rows: list[Row] = []
     for where, raw in read_raw(source, split):
-        row = clean_row(where, raw)
+        row = clean_pair(where, raw) if pairs else clean_row(where, raw)
         if rows and (row.format, row.is_chat) != (rows[0].format, rows[0].is_chat):
             message = f"{where}: this row is {describe(row)}, {rows[0].where} is {describe(rows[0])}"
             raise InputError(message, "use one format for the whole file")
         rows.append(row)
     if not rows:
         name = source.get("repo") or Path(source["path"]).name
-        raise InputError(f"`{name}` holds no rows", f"write at least one row of {FORMATS}")
+        raise InputError(f"`{name}` holds no rows", f"write at least one row of {PAIRS if pairs else FORMATS}")
     return rows
 
 
@@ -726,7 +742,7 @@ def clean_row(where: str, raw: Any) -> Row:
     if "messages" in keys:
         return Row(where, "messages", [], clean_messages(where, raw["messages"], "messages"), clean_tools(where, raw))
     if {"prompt", "completion"} <= keys:
-        return clean_pair(where, raw)
+        return clean_prompted(where, raw)
     if "conversations" in keys:
         turns = raw["conversations"]
         if isinstance(turns, list):
@@ -736,10 +752,67 @@ def clean_row(where: str, raw: Any) -> Row:
     if "text" in keys:
         return Row(where, "text", "", clean_text(where, raw["text"], "text"))
     found = ", ".join(f"`{key}`" for key in raw) or "nothing"
-    raise InputError(f"{where}: no messages: the row has {found}", f"write {FORMATS}")
+    hint = f"use `train.method: dpo`, or write {FORMATS}" if {"chosen", "rejected"} <= keys else f"write {FORMATS}"
+    raise InputError(f"{where}: no messages: the row has {found}", hint)
 
 
-def clean_pair(where: str, raw: dict) -> Row:
+def clean_pair(where: str, raw: Any) -> Row:
+    """A row of two answers, plain or conversational; their prompt is a column, or how both begin."""
+    if not isinstance(raw, dict):
+        raise InputError(f"{where}: a row is a JSON object, this is {kind_of(raw)}", f"write {PAIRS}")
+    prompt, chosen, rejected = (raw.get(key) for key in ("prompt", "chosen", "rejected"))
+    if chosen is None or rejected is None:
+        found = ", ".join(f"`{key}`" for key in raw) or "nothing"
+        raise InputError(f"{where}: no pair of answers: the row has {found}", f"write {PAIRS}, or use `method: qlora`")
+    if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str | None):
+        asked, *answers = clean_text_pair(where, prompt, chosen, rejected)
+        return Row(where, "chosen/rejected", asked, answers[0], None, answers[1])
+    if isinstance(chosen, list) and isinstance(rejected, list) and isinstance(prompt, list | str | None):
+        asked, *answers = clean_chat_pair(where, prompt, chosen, rejected)
+        return Row(where, "chosen/rejected", asked, answers[0], clean_tools(where, raw), answers[1])
+    kinds = ", ".join(f"`{key}` is {kind_of(raw.get(key))}" for key in ("prompt", "chosen", "rejected"))
+    raise InputError(f"{where}: {kinds}", "make all three text, or all three lists of messages")
+
+
+def clean_text_pair(where: str, prompt: str | None, chosen: str, rejected: str) -> list[str]:
+    """Prompt and answers, as text."""
+    answers = [clean_text(where, chosen, "chosen"), clean_text(where, rejected, "rejected")]
+    if prompt is None:
+        prompt = common_beginning(*answers).removesuffix(" ")  # the blank before a word belongs to the answer
+        answers = [answer[len(prompt) :] for answer in answers]
+        require_prompt(where, prompt)
+    return [clean_text(where, prompt, "prompt"), *answers]
+
+
+def clean_chat_pair(where: str, prompt: list | str | None, chosen: list, rejected: list) -> list[list[dict]]:
+    """Prompt and answers, as messages. Answers that are whole conversations may say the prompt again."""
+    answers = [clean_messages(where, chosen, "chosen"), clean_messages(where, rejected, "rejected")]
+    asked = clean_messages(where, prompt, "prompt", answered=False) if isinstance(prompt, list) else []
+    begun = common_beginning(*answers)
+    if begun and (begun[: len(asked)] == asked if asked else prompt in (None, begun[-1]["content"])):
+        asked, answers = begun, [answer[len(begun) :] for answer in answers]
+    elif isinstance(prompt, str):
+        message = f"{where}: `prompt` is text, and `chosen` is a list that does not begin with it"
+        raise InputError(message, "make all three lists of messages")
+    require_prompt(where, asked)
+    for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+        if answer[-1]["role"] != "assistant":
+            raise InputError(f"{where}: `{name}` does not end with the assistant", "end it with the answer to compare")
+    return [asked, *answers]
+
+
+def require_prompt(where: str, prompt: Any) -> None:
+    """Refuse a pair of answers to nothing."""
+    if not prompt:
+        raise InputError(f"{where}: no `prompt`, and `chosen` and `rejected` begin differently", f"write {PAIRS}")
+
+
+def common_beginning(left: Any, right: Any) -> Any:
+    """The characters or messages that both begin with, less the last of each: that much is always an answer."""
+    return left[: common_prefix(left[:-1], right[:-1])]
+
+
+def clean_prompted(where: str, raw: dict) -> Row:
     """A `prompt`/`completion` row, plain or conversational."""
     prompt, completion = raw["prompt"], raw["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
@@ -832,14 +905,15 @@ def split_rows(run: dict) -> tuple[list[Row], list[Row]]:
     """Training rows and held-out rows. Whole rows are held out, so no turn of a held-out row is trained on."""
     data, inputs = run["experiment"]["data"], run["inputs"]
     held_out = data.get("eval") or {}
-    rows = load_rows(inputs["data"], data.get("split") or "train")
+    pairs = run["experiment"]["train"].get("method") == "dpo"
+    rows = load_rows(inputs["data"], data.get("split") or "train", pairs)
     if "eval_data" in inputs:
-        return rows, load_rows(inputs["eval_data"], data.get("split") or "train")
+        return rows, load_rows(inputs["eval_data"], data.get("split") or "train", pairs)
     if held_out.get("split"):
         if "path" in inputs["data"]:
             message = f"`data.eval.split: {held_out['split']}`, but `{Path(inputs['data']['path']).name}` is one file"
             raise InputError(message, "use `data.eval.fraction`, or a second file as `data.eval.dataset`")
-        return rows, load_rows(inputs["data"], held_out["split"])
+        return rows, load_rows(inputs["data"], held_out["split"], pairs)
     if not held_out.get("fraction"):
         return rows, []
     order = list(range(len(rows)))
@@ -926,8 +1000,8 @@ def encode_turns(row: Row, ids_of: Callable, messages: list[dict], turns: list[i
     return [label(row, upto, [(common_prefix(prompt, upto), len(upto))]) for prompt, upto in pairs]
 
 
-def common_prefix(left: list[int], right: list[int]) -> int:
-    """How many tokens two sequences share at their start."""
+def common_prefix(left: Any, right: Any) -> int:
+    """How many tokens, characters or messages two sequences share at their start."""
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
@@ -950,6 +1024,13 @@ def encode_rows(rows: list[Row], tokenizer: Any, loss_on: str) -> list[Example]:
             shown = time.monotonic()
             emit("progress", done=done, total=len(rows), unit="rows tokenized")
     return examples
+
+
+def encode_pairs(rows: list[Row], tokenizer: Any) -> list[tuple[Example, Example]]:
+    """The chosen and the rejected answer of every row, each behind its prompt, uncut."""
+    answers = [answer for row in rows for answer in (row, dataclasses.replace(row, completion=row.rejected))]
+    examples = encode_rows(answers, tokenizer, "completion")
+    return list(zip(examples[::2], examples[1::2], strict=True))
 
 
 # --- end shared: data rows ---
@@ -993,6 +1074,8 @@ def main() -> None:
 def prepare(run: dict) -> tuple[Path, list[Row], list[Row]]:
     """The base's folder, training and held-out rows, all checked; an output folder, and the checkpoint of the Hub."""
     accumulation_of(run)
+    if is_dpo(run) and processes_of(run) > 1:
+        raise InputError("`method: dpo` trains in one process", "choose a flavor with one GPU")
     base = fetch_base(run["inputs"]["base"])
     check_base(base)
     emit("phase", name="read data")
@@ -1480,10 +1563,11 @@ def train(run: dict, base: Path, train_rows: list[Row], eval_rows: list[Row], st
     settings = sft_config(run, has_eval=bool(eval_rows))
     emit("phase", name="tokenize")
     tokenizer = load_tokenizer(base)
-    limit = run["experiment"]["train"]["max_length"]
-    splits = settings.packing and settings.packing_strategy != "bfd"  # the others put the rest into the next pack
-    train_set, counts = tokenize(run, tokenizer, train_rows, None if splits else limit)
-    eval_set, _ = tokenize(run, tokenizer, eval_rows, limit) if eval_rows else (None, {})
+    to_tokens, limit = tokenize_pairs if is_dpo(run) else tokenize, run["experiment"]["train"]["max_length"]
+    packing = getattr(settings, "packing", False)
+    splits = packing and settings.packing_strategy != "bfd"  # the others put the rest into the next pack
+    train_set, counts = to_tokens(run, tokenizer, train_rows, None if splits else limit)
+    eval_set, _ = to_tokens(run, tokenizer, eval_rows, limit) if eval_rows else (None, {})
     emit("phase", name="load base", detail=run["experiment"]["base"]["model"])
     trainer, reporter = make_trainer(run, base, settings, tokenizer, train_set, eval_set)
     emit("phase", name="train", detail=f"{reporter.total} steps")
@@ -1495,7 +1579,7 @@ def train(run: dict, base: Path, train_rows: list[Row], eval_rows: list[Row], st
     if rank() > 0:
         return
     save(run, trainer.model, base, state)
-    metrics = collect_metrics(trainer, reporter) | {"rows": len(train_rows), "eval_rows": len(eval_rows), **counts}
+    metrics = collect_metrics(run, trainer, reporter) | {"rows": len(train_rows), "eval_rows": len(eval_rows), **counts}
     write_card(run, metrics)
     log = trainer.state.log_history
     write_manifest(
@@ -1503,8 +1587,8 @@ def train(run: dict, base: Path, train_rows: list[Row], eval_rows: list[Row], st
         started,
         inputs=hashed_inputs(run),
         metrics=metrics,
-        history=history(log, "loss", lr="learning_rate", grad_norm="grad_norm"),
-        eval_history=history(log, "eval_loss"),
+        history=history(log, "loss", lr="learning_rate", grad_norm="grad_norm", **rewards_in(run)),
+        eval_history=history(log, "eval_loss", **rewards_in(run, "eval_")),
         measured={"peak_memory_gib": reporter.memory_gib(), "duration_s": round(time.time() - started, 1)},
         resumed_from_step=reporter.first_step,
         seed=settings.seed,
@@ -1591,8 +1675,9 @@ def sft_config(run: dict, has_eval: bool) -> Any:
         InputError: a device that is not there, or a `train.sft` key that is unknown, not free or badly set.
     """
     import torch
-    from trl import SFTConfig
+    from trl import DPOConfig, SFTConfig
 
+    config = DPOConfig if is_dpo(run) else SFTConfig
     if run["device"] == "auto":
         run["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     settings, cpu = run["experiment"]["train"], run["device"] == "cpu"
@@ -1603,7 +1688,7 @@ def sft_config(run: dict, has_eval: bool) -> Any:
         raise InputError(message, "choose a flavor with so many, or check its driver")
     if settings["tracking"] == "trackio" and not util.find_spec("trackio"):
         raise InputError("`train.tracking: trackio`, but trackio is not installed", "pip install trackio")
-    check_keys(settings["sft"], [field.name for field in dataclasses.fields(SFTConfig)])
+    check_keys(settings["sft"], config)
     sft, loading = dict(settings["sft"]), dict(settings["sft"].get("model_init_kwargs") or {})
     for options, gpu_only in ((sft, GPU_ONLY), (loading, GPU_ONLY_LOADING)):
         for key in [key for key in gpu_only if cpu and key in options]:
@@ -1613,7 +1698,7 @@ def sft_config(run: dict, has_eval: bool) -> Any:
     if run.get("sharded"):
         sft |= sharded_settings()
     try:
-        made = SFTConfig(**{**our_settings(run, cpu, has_eval), **sft, "model_init_kwargs": loading})
+        made = config(**{**our_settings(run, cpu, has_eval), **sft, "model_init_kwargs": loading})
     except (ValueError, TypeError) as error:
         raise InputError(f"`train.sft`: {error}", "correct that value") from error
     if run.get("sharded") and cpu:
@@ -1621,24 +1706,28 @@ def sft_config(run: dict, has_eval: bool) -> Any:
     return made
 
 
-def check_keys(sft: dict, known: list[str]) -> None:
-    """Raise InputError for a key of `train.sft` that is taken or unknown."""
+def check_keys(sft: dict, config: Any) -> None:
+    """Raise InputError for a key of `train.sft` that is taken, or that the trainer's `config` class does not know."""
+    known, name = [field.name for field in dataclasses.fields(config)], config.__name__
+    fields, owned = FIELD_OF, OWNED.split()
+    if name == "DPOConfig":
+        fields, owned = FIELD_OF | DPO_FIELD_OF, owned + DPO_OWNED.split()
     for key in sft:
-        if key in FIELD_OF:
-            raise InputError(f"`train.sft.{key}` is not free", f"use `{FIELD_OF[key]}`")
-        if key in OWNED.split():
+        if key in fields:
+            raise InputError(f"`train.sft.{key}` is not free", f"use `{fields[key]}`")
+        if key in owned:
             raise InputError(f"`train.sft.{key}` is set by the training script", f"remove `{key}`")
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean `{near[0]}`?" if near else "see the fields of TRL's SFTConfig"
-            raise InputError(f"`train.sft.{key}` is not a field of SFTConfig", hint)
+            hint = f"did you mean `{near[0]}`?" if near else f"see the fields of TRL's {name}"
+            raise InputError(f"`train.sft.{key}` is not a field of {name}", hint)
     for key in sft.get("model_init_kwargs") or {}:
         if key in OWNED_LOADING:
             raise InputError(f"`train.sft.model_init_kwargs.{key}` is set by the training script", f"remove `{key}`")
 
 
 def our_settings(run: dict, cpu: bool, has_eval: bool) -> dict:
-    """What the experiment's own fields mean to SFTConfig. The rest keeps TRL's defaults (gradient checkpointing on)."""
+    """What the experiment's own fields mean to TRL. The rest keeps its defaults (gradient checkpointing on)."""
     settings = run["experiment"]["train"]
     return {
         "output_dir": str(checkpoints(run)),
@@ -1653,10 +1742,8 @@ def our_settings(run: dict, cpu: bool, has_eval: bool) -> dict:
         "gradient_accumulation_steps": accumulation_of(run),
         "learning_rate": settings["learning_rate"],
         # 8-bit Adam on the CPU too: a rehearsal runs the code that the GPU will run.
-        "optim": "adamw_8bit" if settings["method"] == "qlora" else "adamw_torch_fused",
-        "packing": settings["packing"],
-        "max_length": settings["max_length"] if settings["packing"] else None,  # `tokenize` has cut the rows
-        "eval_packing": False,
+        "optim": "adamw_8bit" if is_quantised(run) else "adamw_torch_fused",
+        **(preference_settings(run) if is_dpo(run) else packing_settings(settings)),
         "eval_strategy": "steps" if has_eval else "no",
         "eval_on_start": has_eval and "variant" in run and chosen_checkpoint(run) is None,
         "per_device_eval_batch_size": 1 if settings["packing"] else settings["batch_size"],
@@ -1668,6 +1755,16 @@ def our_settings(run: dict, cpu: bool, has_eval: bool) -> dict:
         "report_to": settings["tracking"],
         "trackio_static_space_id": False,  # otherwise a public Space, made with the caller's token
         **distributed_settings(run),
+    }
+
+
+def packing_settings(settings: dict) -> dict:
+    """What only supervised tuning does with its rows."""
+    packing = settings["packing"]
+    return {
+        "packing": packing,
+        "max_length": settings["max_length"] if packing else None,  # `tokenize` has cut the rows
+        "eval_packing": False,
     }
 
 
@@ -1776,8 +1873,9 @@ def make_trainer(
     import torch
     from peft.utils.error import NoMatchingPeftModuleError
     from transformers import BitsAndBytesConfig, PrinterCallback, TrainerCallback
-    from trl import SFTTrainer
+    from trl import DPOTrainer, SFTTrainer
 
+    parts = (PreferenceChanges, DPOTrainer) if is_dpo(run) else (SupervisedChanges, SFTTrainer)
     chosen = run["experiment"]["train"]
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -1786,13 +1884,13 @@ def make_trainer(
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     try:
-        trainer = type("Trainer", (TrainerChanges, SFTTrainer), {})(
+        trainer = type("Trainer", parts, {})(
             model=str(base),
             args=settings,
             train_dataset=train_set,
             eval_dataset=eval_set,
             processing_class=tokenizer,
-            quantization_config=nf4 if chosen["method"] == "qlora" else None,
+            quantization_config=nf4 if is_quantised(run) else None,
             peft_config=lora_config(chosen, base) if chosen["method"] != "full" else None,
         )
     except NoMatchingPeftModuleError as error:
@@ -1840,19 +1938,15 @@ def filled(data: Any, multiple: int) -> tuple[Any, int]:
 
 
 class TrainerChanges:
-    """What differs from SFTTrainer: the order of the rows, an evaluation loss per token, and token counts."""
+    """What differs from TRL's trainers: the order of the rows, and what is loaded from a checkpoint."""
 
     tokens_seen = tokens_trained = 0  # by all processes, up to the last finished step
     step_seen: Any = 0
     step_trained: Any = 0
     fillers = 0
-    trained_per_eval_row: float = 0.0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> "LongestFirst":
-        from pyarrow.compute import list_value_length
-
-        rows = (train_dataset or self.train_dataset).with_format("arrow")[:]
-        lengths = list_value_length(rows["input_ids"]).to_pylist()
+        lengths = self.row_lengths((train_dataset or self.train_dataset).with_format("arrow")[:])
         batch = self.args.per_device_train_batch_size
         per_step = batch * self.args.gradient_accumulation_steps * self.args.world_size
         return LongestFirst(lengths, batch, per_step, self.args.seed, self.fillers)
@@ -1888,6 +1982,17 @@ class TrainerChanges:
 
         load_fsdp_optimizer(shard_reader(), self.accelerator, self.optimizer, self.model, checkpoint, adapter_only=True)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+
+
+class SupervisedChanges(TrainerChanges):
+    """What differs from SFTTrainer besides: an evaluation loss per token, and token counts."""
+
+    trained_per_eval_row: float = 0.0
+
+    def row_lengths(self, rows: Any) -> list[int]:
+        from pyarrow.compute import list_value_length
+
+        return list_value_length(rows["input_ids"]).to_pylist()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict:
         trained = [sum(x != IGNORED for x in labels[1:]) for labels in self.eval_dataset["labels"]]
@@ -2051,12 +2156,14 @@ class Reporter:
             if not math.isfinite(seen.get(key, 0.0)):
                 self.fail(f"`{key}` is {seen[key]} at step {state.global_step}", seen.get("learning_rate"))
         if "eval_loss" in seen:
-            emit("eval", step=state.global_step, eval_loss=round(seen["eval_loss"], 6))
+            found = rewards(self.run, logs, "eval_")
+            emit("eval", step=state.global_step, eval_loss=round(seen["eval_loss"], 6), **found)
         elif "loss" in seen:
             speed = (self.busy_tokens - self.logged_tokens) / max(self.busy_s - self.logged_s, 1e-9)
             self.logged_s, self.logged_tokens = self.busy_s, self.busy_tokens
             numbers = {"epoch": round(state.epoch, 4), "loss": round(seen["loss"], 6), "lr": seen["learning_rate"]}
             numbers |= {"grad_norm": round(seen["grad_norm"], 6), "tokens_per_s": round(speed, 1)}
+            numbers |= rewards(self.run, logs)
             emit("step", step=state.global_step, total=self.total, **numbers, memory_gib=self.memory_gib())
 
     def fail(self, message: str, rate: float | None) -> None:
@@ -2192,6 +2299,127 @@ def last_checkpoint(run: dict) -> Path | None:
     return None
 
 
+# Preferences: what `method: dpo` does otherwise
+
+
+def is_dpo(run: dict) -> bool:
+    """Whether the rows are pairs of answers."""
+    return run["experiment"]["train"]["method"] == "dpo"
+
+
+def is_quantised(run: dict) -> bool:
+    """Whether the base is loaded in 4 bits."""
+    chosen = run["experiment"]["train"]
+    return chosen["dpo"]["quantize"] if is_dpo(run) else chosen["method"] == "qlora"
+
+
+def preference_settings(run: dict) -> dict:
+    """What DPOConfig is told instead of `packing_settings`."""
+    dpo = run["experiment"]["train"]["dpo"]
+    return {"beta": dpo["beta"], "loss_type": [dpo["loss"]], "max_length": None}  # `tokenize_pairs` has cut the rows
+
+
+def tokenize_pairs(run: dict, tokenizer: Any, rows: list[Row], limit: int) -> tuple[Any, dict]:
+    """A data set of the token ids that DPOTrainer makes of pairs, cut to `limit`, and what was counted on the way.
+
+    Raises:
+        InputError: no pair has two different answers within `limit`.
+    """
+    from datasets import Dataset
+
+    whole = encode_pairs(rows, tokenizer)
+    cut = [(chosen.cut(limit), rejected.cut(limit)) for chosen, rejected in whole]
+    answered = [pair for pair in cut if all(answer.trained() for answer in pair)]
+    if len(answered) < len(cut):
+        lost = [pair for pair, short in zip(whole, cut, strict=True) if not all(answer.trained() for answer in short)]
+        lost = [max(pair, key=lambda answer: len(answer.ids)) for pair in lost]
+        warn_dropped(lost, limit, bool(answered))
+    kept = [pair for pair in answered if pair[0].ids != pair[1].ids]
+    warn_same([chosen.where for chosen, rejected in answered if chosen.ids == rejected.ids], limit, bool(kept))
+    lengths = [max(len(answer.ids) for answer in pair) for pair in whole]
+    truncated = sum(length > limit for length in lengths) - (len(cut) - len(answered))
+    if truncated:
+        message = f"{truncated} of {len(whole)} pairs are longer than `max_length: {limit}` and are cut"
+        emit("warning", message=f"{message}; the longest has {max(lengths)} tokens")
+    columns = dict(zip(PARTS, map(list, zip(*map(three_parts, kept), strict=True)), strict=True))
+    counts = {"examples": len(kept), "longest_row_tokens": max(lengths)}
+    return Dataset.from_dict(columns), counts | {"truncated_rows": truncated, "dropped_rows": len(whole) - len(kept)}
+
+
+def three_parts(pair: tuple[Example, Example]) -> tuple[list[int], list[int], list[int]]:
+    """Prompt, chosen and rejected ids. The answers begin where the first of them leaves the prompt, as in TRL."""
+    start = min(next(i for i, label in enumerate(answer.labels) if label != IGNORED) for answer in pair)
+    chosen, rejected = pair
+    return chosen.ids[:start], chosen.ids[start:], rejected.ids[start:]
+
+
+def warn_same(same: list[str], limit: int, anything_left: bool) -> None:
+    """Say which pairs teach nothing; raise InputError if no pair is left."""
+    if not same:
+        return
+    reason = f"`chosen` and `rejected` are the same within `max_length: {limit}`"
+    if not anything_left:
+        raise InputError(f"every pair would be dropped: {reason}", "write pairs of answers that differ")
+    emit("warning", message=f"{len(same)} pairs are dropped, {reason}: {', '.join(same[:5])}")
+
+
+class PreferenceChanges(TrainerChanges):
+    """What differs from DPOTrainer besides: the rows are tokens already, and token counts."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        rows, settings = kwargs["eval_dataset"], kwargs["args"]
+        if rows is not None:  # TRL averages rewards over batches: only of equal batches is that the mean of all rows
+            most = settings.per_device_eval_batch_size
+            settings.per_device_eval_batch_size = next(n for n in range(most, 0, -1) if len(rows) % n == 0)
+        super().__init__(*args, **kwargs)
+
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        return dataset
+
+    def row_lengths(self, rows: Any) -> list[int]:
+        from pyarrow.compute import list_value_length
+
+        prompts, chosen, rejected = (list_value_length(rows[name]).to_pylist() for name in PARTS)
+        return [prompt + max(both) for prompt, *both in zip(prompts, chosen, rejected, strict=True)]
+
+    def compute_loss(self, model: Any, inputs: dict, *args: Any, **kwargs: Any) -> Any:
+        if model.training:
+            self.step_seen += inputs["attention_mask"].sum()
+            self.step_trained += inputs["completion_mask"][:, 1:].sum()
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def rewards_in(run: dict, prefix: str = "") -> dict[str, str]:
+    """Our names of the rewards, and TRL's: how much more the chosen answers gained, and for which part of the pairs."""
+    if not is_dpo(run):
+        return {}
+    return {"reward_margin": f"{prefix}rewards/margins", "reward_accuracy": f"{prefix}rewards/accuracies"}
+
+
+def rewards(run: dict, logs: dict, prefix: str = "") -> dict[str, float]:
+    """The rewards in an entry of the trainer's log."""
+    return {name: round(float(logs[said]), 6) for name, said in rewards_in(run, prefix).items()}
+
+
+def last_rewards(run: dict, log: list[dict]) -> dict[str, float]:
+    """The rewards that the training ended with, of the rows it learned from and of those held out."""
+    last = {key: value for entry in log for key, value in entry.items()}
+    known = [prefix for prefix in ("", "eval_") if f"{prefix}loss" in last]
+    return {f"{prefix}{name}": value for prefix in known for name, value in rewards(run, last, prefix).items()}
+
+
+def preference_facts(run: dict, metrics: dict) -> dict[str, Any]:
+    """Lines of the model card."""
+    if not is_dpo(run):
+        return {}
+    dpo = run["experiment"]["train"]["dpo"]
+    facts = {"preferences": f"beta {dpo['beta']:g}, loss {dpo['loss']}, {'4-bit' if dpo['quantize'] else 'bf16'} base"}
+    for name in ("reward_margin", "reward_accuracy", "eval_reward_margin", "eval_reward_accuracy"):
+        if name in metrics:
+            facts[name.replace("eval", "validation").replace("_", " ")] = metrics[name]
+    return facts
+
+
 # Result
 
 
@@ -2256,7 +2484,7 @@ def saved_weights(folder: Path) -> int:
     return count
 
 
-def collect_metrics(trainer: Any, reporter: Any) -> dict:
+def collect_metrics(run: dict, trainer: Any, reporter: Any) -> dict:
     """The manifest's metrics; the training loss is the mean over all steps, those of earlier attempts too."""
     losses = history(trainer.state.log_history, "loss")
     steps = [0, *(entry["step"] for entry in losses)]
@@ -2269,6 +2497,7 @@ def collect_metrics(trainer: Any, reporter: Any) -> dict:
     return {
         "train_loss": round(summed / steps[-1], 6),
         "eval_loss": round(evals[-1]["eval_loss"], 6) if evals else None,
+        **last_rewards(run, trainer.state.log_history),
         "steps": trainer.state.global_step,
         "tokens_seen": int(trainer.tokens_seen),
         "tokens_trained": int(trainer.tokens_trained),
@@ -2309,9 +2538,11 @@ def write_card(run: dict, metrics: dict) -> None:
         front += ["datasets:", f"- {data['dataset']}"]
     facts = {
         "base": "a local folder" if is_local else f"{base['model']} at {revisions['base']}",
-        "data": f"{dataset} at {revisions['data']}: {metrics['rows']} rows, loss on {chosen['loss_on']}",
+        "data": f"{dataset} at {revisions['data']}: {metrics['rows']} rows, "
+        + ("pairs of answers" if is_dpo(run) else f"loss on {chosen['loss_on']}"),
         "method": chosen["method"]
         + (f", r {chosen['lora']['r']}, alpha {chosen['lora']['alpha']}" if not full else ""),
+        **preference_facts(run, metrics),
         "steps": f"{metrics['steps']} of {chosen['batch_size']} x {chosen['gradient_accumulation']} rows",
         "learning rate": chosen["learning_rate"],
         "training loss": metrics["train_loss"],
@@ -2323,8 +2554,9 @@ def write_card(run: dict, metrics: dict) -> None:
     facts |= origin(run)
     if run["output"].get("repo") and not full and experiment["merge"]:
         facts["merged model"] = experiment["output"]["repo"]
+    tags = ["- mergetune", *(["- dpo"] if is_dpo(run) else ["- sft", f"- {chosen['method']}"])]
     table = "".join(f"| {name} | {str(value).replace('|', '/')} |\n" for name, value in facts.items())
-    text = "---\n" + "\n".join([*front, "tags:", "- mergetune", "- sft", f"- {chosen['method']}"]) + "\n---\n"
+    text = "---\n" + "\n".join([*front, "tags:", *tags]) + "\n---\n"
     text += f"# {experiment['name']}\n\n{experiment['hypothesis'].strip()}\n\n| | |\n|---|---|\n{table}"
     (output / "README.md").write_text(text, encoding="utf-8")
 

@@ -67,6 +67,19 @@ def test_counted_tokens_are_taken_as_they_are() -> None:
     assert estimate_tokens(experiment, DatasetFacts("rows.jsonl", 10, 10, "messages")) == 10 * 2048
 
 
+def test_pairs_are_two_rows_and_a_pass_more() -> None:
+    """The same sequences as rows of their own cost three quarters: the base is not asked for its opinion."""
+    rows = changed("gradient_accumulation: 8|  epochs: 3", "  epochs: 3\n  batch_size: 2", changed("  eval: .*\n", ""))
+    pairs = changed("batch_size: 2", "batch_size: 1", changed("2e-4", "5e-6", changed("qlora", "dpo", rows)))
+    each, both = seconds(rows, facts(200, 200_000)), seconds(pairs, facts(100, 200_000, 1000))
+    assert both == pytest.approx(4 / 3 * each, rel=1e-6)
+    held_out = changed("  max_length: 2048", "  max_length: 2048\n  max_steps: 100", pairs)
+    none, some = (replace(facts(100, 200_000, 1000), rows=100 + more) for more in (0, 40))
+    passes = (seconds(held_out, some) / seconds(held_out, none) - 1) * 100 * 8
+    assert passes == pytest.approx(7 * 40 / 2)  # 7 looks at 40 pairs, at half the price of a training pair
+    assert estimate_tokens(parse_experiment(pairs).experiment, DatasetFacts("x.jsonl", 10, 10, "m")) == 2 * 10 * 2048
+
+
 def test_the_projects_first_run_lies_within_the_band() -> None:
     # 1,000 coaching dialogues, 3 epochs, Gemma 3 12B on an A10G took two to three hours; 1,500 tokens a row assumed.
     expected = seconds(GOOD, facts(1000, 1_500_000, 2048))

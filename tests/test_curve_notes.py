@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -53,6 +54,30 @@ def test_a_curve_that_leaves_its_course_is_told(losses: list[float], held_out: t
 )
 def test_a_usual_curve_is_left_alone(losses: list[float], held_out: tuple) -> None:
     assert notes_on(points(losses), held_out, RATE) == ()
+
+
+def preferring(losses: Sequence[float], norms: Sequence[float | None] = ()) -> tuple[Point, ...]:
+    return tuple(replace(point, reward_margin=3.0) for point in points(losses, norms))
+
+
+@pytest.mark.parametrize("losses", [[25 * 0.97**step + 1 for step in range(40)], [0.69 * 0.8**s for s in range(40)]])
+def test_the_height_of_a_loss_of_preferences_says_nothing(losses: list[float]) -> None:
+    assert notes_on(points(losses)) != ()
+    assert notes_on(preferring(losses)) == ()
+    rising = [*FALLING[:50], *(FALLING[50] * 1.01**step for step in range(60))]
+    assert "is rising" in notes_on(preferring(rising))[0]
+
+
+def test_a_margin_wide_enough_for_every_pair_is_no_waste() -> None:
+    """The hinge loss is 0 from a margin of 1 on."""
+    satisfied = job(preferring([0.0] * IN_A_ROW, [0.0] * IN_A_ROW))
+    assert find_waste(satisfied, 0.0, 600.0, RATE) is None
+
+
+def test_rewards_are_read_from_the_log() -> None:
+    step = {"event": "step", "time": 1.0, "step": 3, "loss": 0.6, "grad_norm": 2.0, "lr": 1e-5, "reward_margin": 0.2}
+    live = read_live(StageName.TRAIN, f"MERGETUNE {json.dumps(step)}\n")
+    assert live.points == (Point(3, 0.6, 2.0, 1e-5, 0.2),)
 
 
 def test_a_note_names_a_rate_to_try() -> None:

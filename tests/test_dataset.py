@@ -222,6 +222,44 @@ def test_a_seed_counts_only_where_rows_are_held_out() -> None:
     assert seen("  eval: {fraction: 0.4}\n", 1) != seen("  eval: {fraction: 0.4}\n", 2)
 
 
+def test_pairs_count_both_answers(read: Reader) -> None:
+    rows = [{"prompt": f"{i}?", "chosen": f"It is {i}.", "rejected": f"Who knows {'w ' * i}"} for i in range(6)]
+    pairs = changed("learning_rate: 2e-4", "learning_rate: 5e-6", changed("method: qlora", "method: dpo", NO_EVAL))
+    facts = read(rows, changed("base: .*", "base: {model: ./base}", pairs))
+    assert (facts.format, facts.is_chat, facts.exact, facts.same) == ("chosen/rejected", False, True, Lines())
+    assert facts.tokens is not None
+    assert facts.tokens.sequences == 6
+    assert facts.tokens.longest < facts.tokens.total / 6
+    same = [{**rows[0], "rejected": "It is 0."}, rows[1], {"messages": []}]
+    found = read(same, pairs)
+    assert found.same == Lines(1, (1,))
+    assert found.issue(Problem.FORMAT) is not None
+
+
+@pytest.mark.slow
+def test_tokens_of_pairs_are_those_of_training(read: Reader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_tokens import training_script
+
+    def pair(number: int) -> dict[str, Any]:
+        row = chat(number, words=number % 40)
+        worse = {"role": "assistant", "content": "Nobody knows" + " it" * (number % 30)}
+        return {"prompt": row["messages"][:1], "chosen": row["messages"][1:], "rejected": [worse]}
+
+    text = changed("max_length: 2048", "max_length: 40", changed("2e-4", "5e-6", changed("qlora", "dpo", TINY)))
+    tokens = read([pair(i) for i in range(60)], text).tokens
+    script = training_script(monkeypatch)
+    experiment = parse_experiment(text).experiment.resolved()
+    run = {"experiment": experiment, "inputs": {"data": {"path": str(tmp_path / "data/coach.jsonl")}}}
+    rows, tokenizer = script.split_rows(run)[0], script.load_tokenizer(BASE)
+    made, counts = script.tokenize_pairs(run, tokenizer, rows, 40)
+    prompts, chosen, rejected = (sum(map(len, made[name])) for name in script.PARTS)
+    assert tokens is not None
+    assert tokens.sequences == len(made) == counts["examples"]
+    assert (tokens.total, tokens.trained) == (2 * prompts + chosen + rejected, chosen + rejected)
+    assert tokens.longest == counts["longest_row_tokens"]
+    assert counts["truncated_rows"] > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fraction", [0.05, 0.3])
 def test_held_out_rows_and_tokens_are_those_of_training(

@@ -76,7 +76,7 @@ TABLE = [
     ("timeout: 4h", "timeout: 0h", "11:12", "greater than 0", "Hard stop"),
     ("timeout: 4h", "timeout: 9d", "11:12", "less than or equal to 604800", "Hard stop"),
     ("  timeout: 4h\n", "", "9:3", "`train.timeout` is missing", "add `timeout: 4h` under `train`"),
-    ("  method: qlora", "  method: qlorra", "9:11", "`train.method` is `qlorra`", "`qlora`, `lora` or `full`"),
+    ("  method: qlora", "  method: qlorra", "9:11", "`train.method` is `qlorra`", "`qlora`, `lora`, `full` or `dpo`"),
     ("  epochs: 3", "  epoch: 3", "12:3", "unknown key `train.epoch`", "did you mean `epochs`?"),
     ("  epochs: 3", "  epochs: -1", "12:11", "`train.epochs` is `-1`: input should be greater than 0", "Passes over"),
     ("  epochs: 3", "  epochs: many", "12:11", "`train.epochs` is `many`", "Passes over"),

@@ -22,6 +22,15 @@ TRAIN = {"train_loss": 0.8, "eval_loss": 1.1}
         ("the whole chain runs on loopback", []),
         ("A loss of 3 is bad. below 2 we celebrate", []),  # another sentence
         ("loss stays and perplexity falls below 4", ["held-out perplexity below 4"]),
+        ("a reward margin above 0.5", ["held-out reward margin above 0.5"]),
+        ("reward accuracy of at least 80 %, margin > 1", ["held-out reward accuracy above 80 %"]),
+        ("Preference accuracy rises above 0.9.", ["held-out reward accuracy above 90 %"]),
+        (
+            "accuracy > 75 percent and reward margin > 1",
+            ["held-out reward accuracy above 75 %", "held-out reward margin above 1"],
+        ),
+        ("token accuracy above 90 %", []),
+        ("accuracy is what counts. Above 3 we celebrate", []),
         ("loss below 1, I mean loss below 1", ["held-out loss below 1"]),
     ],
 )
@@ -46,6 +55,31 @@ def test_a_claim_is_held_to_what_was_measured(text: str, held: bool | None, meas
     (claim,) = read_claims(text)
     answer = judge(claim, EVALUATE, TRAIN)
     assert (answer.held, answer.measured) == (held, measured)
+
+
+PREFERRED = {"before": {"prefers_chosen": 0.4}, "after": {"reward_margin": 0.8, "reward_accuracy": 0.85}}
+
+
+@pytest.mark.parametrize(
+    ("text", "held", "measured"),
+    [
+        ("reward margin above 0.5", True, "0.800"),
+        ("reward margin above 1", False, "0.800"),
+        ("accuracy above 80 %", True, "85.0 %"),
+        ("accuracy above 0.9", False, "85.0 %"),
+        ("held-out loss below 0.6", True, "0.550"),
+        ("perplexity below 3", None, "not measured"),
+    ],
+)
+def test_a_claim_about_preferences(text: str, held: bool | None, measured: str) -> None:
+    (claim,) = read_claims(text)
+    trained = {"eval_loss": 0.55, "eval_reward_margin": 0.7, "eval_reward_accuracy": 0.8}
+    answer = judge(claim, PREFERRED, trained)
+    assert (answer.held, answer.measured) == (held, measured)
+    if claim.is_reward:
+        alone = judge(claim, {}, trained)
+        assert alone.measured in ("0.700", "80.0 %")
+        assert judge(claim, {}, {}).held is None
 
 
 def test_without_an_evaluation_the_training_s_held_out_loss_answers() -> None:

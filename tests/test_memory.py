@@ -173,6 +173,26 @@ def test_shape_of_a_config() -> None:
     assert unused is not None and unused.window == 0
 
 
+def test_pairs_need_what_twice_as_many_padded_rows_need() -> None:
+    """DPOTrainer runs both answers in one pass; the reference is the same base, and its pass keeps nothing."""
+    rows = changed("  epochs: 3", "  epochs: 3\n  batch_size: 4")
+    pairs = changed("2e-4", "5e-6", changed("qlora", "dpo", changed("batch_size: 4", "batch_size: 2", rows)))
+    needs = [estimate_need(spec_of(parse_experiment(text).experiment, GEMMA), GEMMA) for text in (rows, pairs)]
+    assert needs[0] == needs[1]
+    single = spec_of(parse_experiment(changed("batch_size: 2", "batch_size: 1", pairs)).experiment, GEMMA)
+    assert (single.micro_batch, single.padded) == (2, True)
+    bf16 = changed("5e-6", "5e-6\n  dpo: {quantize: false}", pairs)
+    spec = spec_of(parse_experiment(bf16).experiment, GEMMA)
+    assert (spec.linear, spec.adapter_bytes, spec.optimizer) == ("bf16", 4, "adamw_torch_fused")
+
+
+def test_dropout_that_is_turned_off_needs_nothing() -> None:
+    text = changed("2e-4", "5e-6", changed("qlora", "dpo", changed("alpha: 128", "alpha: 128, dropout: 0.1")))
+    assert not spec_of(parse_experiment(text).experiment, GEMMA).dropout
+    kept = changed("5e-6", "5e-6\n  sft: {disable_dropout: false}", text)
+    assert spec_of(parse_experiment(kept).experiment, GEMMA).dropout
+
+
 def test_lora_parameters_of_a_known_adapter() -> None:
     # r=64 on q/k/v/o of Gemma 3 12B: 96.9 M in all, 11.94 M of them on the vision tower, which is excluded here.
     count = GEMMA.lora_parameters(64, ATTENTION)

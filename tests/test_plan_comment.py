@@ -48,6 +48,10 @@ TROUBLED = replace(
     estimated="2,000 of 1,000,000 rows were counted",
 )
 
+PREFERENCES = changed("held-out loss falls below 1.2", "the reward accuracy is above 80 %", changed("qlora", "dpo"))
+PREFERENCES = changed("2e-4", "5e-6\n  dpo: {beta: 0.3, loss: ipo}", PREFERENCES)
+PAIRS = replace(COUNTED, format="chosen/rejected", same=Lines(2, (8, 12)))
+
 
 def preview(text: str = GOOD, limits: Settings | None = None, **given: object) -> Preview:
     """The good experiment's preview, with its rules' findings, as `plan_request` makes it."""
@@ -133,6 +137,8 @@ TRACED = TracedMemory(
 CASES: dict[str, Callable[[], Preview]] = {
     "quickstart": lambda: preview_of(ROOT / "experiments/examples/quickstart.yaml"),
     "chat-qlora": lambda: preview_of(ROOT / "experiments/examples/chat-qlora.yaml"),
+    "preferences": lambda: preview_of(ROOT / "experiments/examples/preferences.yaml"),
+    "preferences-qlora": lambda: preview(PREFERENCES, dataset=PAIRS),
     "fits": preview,
     "does-not-fit": lambda: preview(changed("max_length: 2048", "max_length: 32768")),
     "errors-and-warnings": lambda: preview(
@@ -188,6 +194,8 @@ def test_decision_comes_first() -> None:
     assert said == {
         "quickstart": "## ✅ `quickstart` trains on `cpu-upgrade`, without a GPU",
         "chat-qlora": "## ⚠️ `chat-qlora` fits `a10g-large`; its duration cannot be known",
+        "preferences": "## ✅ `preferences` trains on `cpu-upgrade`, without a GPU",
+        "preferences-qlora": "## ✅ `coach` fits `a10g-large`",
         "fits": "## ✅ `coach` fits `a10g-large`",
         "does-not-fit": "## ❌ `coach` does not fit `a10g-large`",
         "errors-and-warnings": "## ❌ `coach` cannot run: 2 errors",

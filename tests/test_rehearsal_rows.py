@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.rehearsal_rows import copy_first_rows, shorten, synthetic_rows, texts_of
+from pipeline.rehearsal_rows import copy_first_rows, made_rows, shorten, synthetic_rows, texts_of
+from pipeline.rows import check_row
 
 
 def test_a_row_is_shortened_text_by_text() -> None:
@@ -19,6 +20,25 @@ def test_a_row_is_shortened_text_by_text() -> None:
     assert shorten("{not json", 600) == "{not json"
     many = json.dumps({"messages": [{"role": "user", "content": "q" * 90}] * 100})
     assert all(len(text) == 24 for text in texts_of([shorten(many, 600)]))
+
+
+def test_answers_of_a_pair_stay_apart() -> None:
+    pair = {"prompt": "q" * 900, "chosen": "a" * 900, "rejected": "b" * 900}
+    assert [len(text) for text in texts_of([shorten(json.dumps(pair), 600)])] == [200, 200, 200]
+    late = {**pair, "rejected": "a" * 900 + "b"}
+    assert json.loads(shorten(json.dumps(late), 600)) == late
+    turns = [[{"role": "assistant", "content": text}] for text in ("a" * 900, "a" * 899 + "b")]
+    chats = {"prompt": [{"role": "user", "content": "q"}], "chosen": turns[0], "rejected": turns[1]}
+    assert json.loads(shorten(json.dumps(chats), 300)) == chats
+
+
+def test_made_pairs_are_pairs() -> None:
+    lines, what = made_rows(16, pairs=True)
+    rows = [check_row(json.loads(line), pairs=True) for line in lines]
+    assert what == "pairs"
+    assert len({row.digest() for row in rows}) == 16
+    assert not any(row.is_same for row in rows)
+    assert made_rows(3, pairs=False) == (synthetic_rows(3), "conversations")
 
 
 def test_the_first_lines_stay_where_they_are(tmp_path: Path) -> None:

@@ -160,8 +160,18 @@ def several_gpus() -> Outcome:
         return outcome(text, small_repository(Path(folder)))
 
 
+def preferences() -> Outcome:
+    """Pairs that are not in the repository, on a 4-bit stand-in."""
+    text = HUB.replace("MODEL", "Qwen/Qwen3-4B").replace("TARGETS", "[q_proj, v_proj]").replace("qlora", "dpo")
+    text = text.replace("  loss_on: assistant\n", "  learning_rate: 5e-6\n").replace(
+        "warmup_steps: 10", "warmup_steps: 0"
+    )
+    return outcome(text, ROOT)
+
+
 CASES: dict[str, Callable[[], Outcome]] = {
     "several GPUs": several_gpus,
+    "preferences": preferences,
     "bad setting": bad_setting,
     "bad template": bad_template,
     "bad tokenizer": bad_tokenizer,
@@ -227,6 +237,16 @@ def test_two_processes_stand_for_several_gpus(case: str, rehearsed: Callable[[st
     assert done.failure is None, (done.failure, done.log)
     assert "2 processes share each step (FSDP2), as the GPUs will" in done.proves
     assert done.stages == ["twin", "train", "gguf"]
+
+
+@pytest.mark.parametrize("case", ["preferences"])
+def test_preferences_from_training_to_evaluation(case: str, rehearsed: Callable[[str], Outcome]) -> None:
+    done = rehearsed(case)
+    assert done.failure is None, (done.failure, done.log)
+    assert done.stages == STAGES
+    assert "`dpo` training starts, learns, checkpoints and saves with these settings" in done.proves
+    assert "the trainer takes every value of `train.sft`: warmup_steps, weight_decay" in done.proves
+    assert "16 made pairs stand in for its rows" in done.substituted[1]
 
 
 def test_files_that_were_fetched_take_the_place_of_stand_ins(tmp_path: Path) -> None:

@@ -71,6 +71,26 @@ def test_a_base_that_was_quantised_for_the_training_is_named() -> None:
     assert "- trained on" not in render_report(replace(made, manifests={StageName.TRAIN: plain}))
 
 
+def test_a_report_of_preferences() -> None:
+    made = result()
+    metrics = {"before": {"prefers_chosen": 0.25, "reward_margin": 0.0}, "loss_change_percent": None}
+    metrics["after"] = {"prefers_chosen": 0.5, "reward_margin": 2.5, "reward_accuracy": 1.0}
+    evaluate = {**made.manifests[StageName.EVALUATE], "metrics": metrics}
+    text = render_report(replace(made, manifests={**made.manifests, StageName.EVALUATE: evaluate}))
+    assert "Held-out loss" not in text
+    assert "| reward margin, chosen over rejected | 0 | **2.500** |  |" in text
+    assert "| the chosen answer is the likelier | 25.0 % | **50.0 %** | +25.0 points |" in text
+
+
+def test_an_evaluation_of_prompts_alone_has_no_verdict() -> None:
+    made = result()
+    metrics = {"before": None, "after": None, "loss_change_percent": None}
+    evaluate = {**made.manifests[StageName.EVALUATE], "metrics": metrics}
+    text = render_report(replace(made, manifests={**made.manifests, StageName.EVALUATE: evaluate}))
+    assert "rows the training never saw" not in text
+    assert "Aye, sailor!" in text
+
+
 def test_a_report_of_what_there_is() -> None:
     only = replace(result(), manifests={StageName.GGUF: result().manifests[StageName.GGUF]})
     text = render_report(only)

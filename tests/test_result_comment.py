@@ -229,9 +229,30 @@ def swept(rows: object = VARIANTS) -> Ending:
     return replace(FULL, manifests={**MANIFESTS, StageName.TRAIN: {**MANIFESTS[StageName.TRAIN], "sweep": rows}})
 
 
+def preferred() -> Ending:
+    """After preference tuning: the evaluation compares answers, the training's log has the rewards."""
+    before = {"loss_chosen": 1.9, "loss_rejected": 1.7, "prefers_chosen": 0.38, "reward_margin": 0.0}
+    after = {"loss_chosen": 1.86, "loss_rejected": 2.4, "prefers_chosen": 0.81, "reward_margin": 1.234}
+    metrics = {"before": before, "after": {**after, "reward_accuracy": 0.9}, "loss_change_percent": None, "rows": 50}
+    trained = {**MANIFESTS[StageName.TRAIN]["metrics"], "train_loss": 0.51, "eval_loss": 0.42}
+    trained |= {"eval_reward_margin": 1.2, "eval_reward_accuracy": 0.88}
+    curves = {
+        "history": [{"step": step, "loss": 0.35 + 0.34 * 0.98**step, "reward_margin": 0.1} for step in range(1, 181)],
+        "eval_history": [{"step": 90, "eval_loss": 0.5}, {"step": 180, "eval_loss": 0.42}],
+    }
+    manifests = {
+        StageName.TRAIN: {**MANIFESTS[StageName.TRAIN], "metrics": trained, **curves},
+        StageName.EVALUATE: {**MANIFESTS[StageName.EVALUATE], "metrics": metrics},
+    }
+    said = "DPO lifts the reward margin above 1 and the accuracy above 92 %."
+    closed = replace(DONE, summary={**SUMMARY, "hypothesis": said, "method": "dpo", "curve": {}})
+    return replace(FULL, closed=closed, manifests={**MANIFESTS, **manifests}, rivals=())
+
+
 ENDINGS = {
     "done": FULL,
     "done-sweep": swept(),
+    "done-preferences": preferred(),
     "done-tag-only": replace(FULL, manifests={}, rivals=()),
     "done-adapter-only": without(StageName.MERGE, StageName.GGUF, StageName.EVALUATE, hypothesis="It speaks well."),
     "done-full-text": without(StageName.MERGE, StageName.GGUF, StageName.EVALUATE, method="full", loss_on="all"),
@@ -261,6 +282,19 @@ ENDINGS = {
 @pytest.mark.parametrize("name", ENDINGS)
 def test_the_whole_text(name: str) -> None:
     assert result_comment(ENDINGS[name]) == (GOLDEN / f"result-{name}.md").read_text(encoding="utf-8")
+
+
+def test_without_an_evaluation_the_training_tells_the_rewards() -> None:
+    ending = preferred()
+    closed = replace(ending.closed, summary={**ending.closed.summary, "hypothesis": "It prefers better."})
+    trained = {StageName.TRAIN: ending.manifests[StageName.TRAIN]}
+    text = result_comment(
+        replace(ending, manifests=trained, closed=replace(closed, summary=closed.summary | {"stages": {}}))
+    )
+    assert "| reward margin, chosen over rejected | 0 | **1.200** |" in text
+    assert "| reward accuracy | – | **88.0 %** |" in text
+    assert "likelier" not in text
+    assert "names no reward margin or accuracy to hold it to" in text
 
 
 def test_each_round_has_a_comment_of_its_own() -> None:

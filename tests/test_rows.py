@@ -59,6 +59,46 @@ BAD: list[tuple[Any, Problem, str]] = [
 ]
 
 
+OTHER = {"role": "assistant", "content": "Go away."}
+ASKED = {"role": "user", "content": "Once more?"}
+# What is read of a pair: prompt, chosen, rejected.
+PAIRS: list[tuple[dict[str, Any], tuple[Any, Any, Any]]] = [
+    ({"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}, ("2 + 2 =", " 4", " 5")),
+    ({"prompt": [USER], "chosen": [REPLY], "rejected": [OTHER], "id": 7}, ([USER], [REPLY], [OTHER])),
+    ({"prompt": None, "chosen": [USER, REPLY], "rejected": [USER, OTHER]}, ([USER], [REPLY], [OTHER])),
+    ({"prompt": [USER], "chosen": [USER, REPLY], "rejected": [USER, OTHER]}, ([USER], [REPLY], [OTHER])),
+    ({"prompt": "Hello?", "chosen": [USER, REPLY], "rejected": [USER, OTHER]}, ([USER], [REPLY], [OTHER])),
+    (
+        {"prompt": [USER], "chosen": [USER, REPLY, ASKED, REPLY], "rejected": [USER, REPLY, ASKED, OTHER]},
+        ([USER, REPLY, ASKED], [REPLY], [OTHER]),
+    ),
+    ({"chosen": [USER, REPLY, ASKED, REPLY], "rejected": [USER, OTHER]}, ([USER], [REPLY, ASKED, REPLY], [OTHER])),
+    ({"chosen": "Q: why? A: as it is", "rejected": "Q: why? A: go"}, ("Q: why? A:", " as it is", " go")),
+    ({"chosen": "A: the same", "rejected": "A: the same"}, ("A: the sam", "e", "e")),
+    ({"chosen": [USER, REPLY], "rejected": [USER, REPLY]}, ([USER], [REPLY], [REPLY])),
+    ({"messages": [USER, REPLY], "chosen": [USER, REPLY], "rejected": [USER, OTHER]}, ([USER], [REPLY], [OTHER])),
+]
+BAD_PAIRS: list[tuple[Any, Problem, str]] = [
+    ("x", Problem.FORMAT, "a row is a JSON object, this is text"),
+    ({"messages": [USER, REPLY]}, Problem.FORMAT, "no pair of answers: the row has `messages`"),
+    ({"prompt": "x", "chosen": "y"}, Problem.FORMAT, "no pair of answers: the row has `prompt`, `chosen`"),
+    ({"prompt": "x", "chosen": "y", "rejected": None}, Problem.FORMAT, "no pair of answers"),
+    ({"prompt": "x", "chosen": "y", "rejected": [OTHER]}, Problem.FORMAT, "`rejected` is a list"),
+    ({"prompt": "x", "chosen": 1, "rejected": 2}, Problem.FORMAT, "`chosen` is a number"),
+    ({"prompt": "x", "chosen": [REPLY], "rejected": [OTHER]}, Problem.FORMAT, "`prompt` is text, and `chosen`"),
+    ({"prompt": "x", "chosen": " ", "rejected": "y"}, Problem.CONTENT, "`chosen` is empty"),
+    ({"prompt": "", "chosen": "x", "rejected": "y"}, Problem.CONTENT, "`prompt` is empty"),
+    ({"chosen": "yes", "rejected": "no"}, Problem.FORMAT, "no `prompt`, and `chosen` and `rejected` begin differently"),
+    ({"chosen": [REPLY], "rejected": [OTHER]}, Problem.FORMAT, "no `prompt`, and `chosen` and `rejected` begin"),
+    ({"prompt": [USER], "chosen": [USER], "rejected": [OTHER]}, Problem.ROLES, "no assistant turn in `chosen`"),
+    (
+        {"prompt": [USER], "chosen": [REPLY, ASKED], "rejected": [OTHER]},
+        Problem.ROLES,
+        "`chosen` does not end with the assistant",
+    ),
+]
+
+
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("train_sft_rows", SCRIPT)
@@ -93,6 +133,42 @@ def test_bad_rows_are_named(raw: Any, problem: Problem, message: str, script: Mo
         script.clean_row("x:1", raw)
 
 
+@pytest.mark.parametrize(("raw", "parts"), PAIRS, ids=[str(index) for index in range(len(PAIRS))])
+def test_pairs_are_read_as_the_script_reads_them(raw: dict, parts: tuple, script: ModuleType) -> None:
+    row, theirs = check_row(raw, pairs=True), script.clean_pair("x:1", raw)
+    assert (row.prompt, row.completion, row.rejected) == parts
+    assert (theirs.prompt, theirs.completion, theirs.rejected) == parts
+    assert row.kind == script.describe(theirs)
+    assert row.is_same is (parts[1] == parts[2])
+    assert row.with_rejected().completion == parts[2]
+    assert row.digest() != check_row({"prompt": parts[0], "completion": parts[1]}).digest()
+
+
+@pytest.mark.parametrize(("raw", "problem", "message"), BAD_PAIRS, ids=[message for *_, message in BAD_PAIRS])
+def test_bad_pairs_are_named(raw: Any, problem: Problem, message: str, script: ModuleType) -> None:
+    with pytest.raises(BadRow) as caught:
+        check_row(raw, pairs=True)
+    assert caught.value.problem is problem
+    assert message in caught.value.message
+    with pytest.raises(script.InputError) as theirs:
+        script.clean_pair("x:1", raw)
+    assert theirs.value.message == f"x:1: {caught.value.message}"
+    assert theirs.value.hint.startswith(caught.value.hint.split(", or `method")[0])
+
+
+def test_rows_of_the_other_method_are_told_so(script: ModuleType) -> None:
+    pair = {"prompt": "x", "chosen": "y", "rejected": "z"}
+    with pytest.raises(BadRow) as caught:
+        check_row(pair)
+    assert caught.value.hint.startswith("write `method: dpo`, or rows of `messages`")
+    with pytest.raises(script.InputError) as theirs:
+        script.clean_row("x:1", pair)
+    assert theirs.value.hint.startswith("use `train.method: dpo`")
+    with pytest.raises(BadRow) as caught:
+        check_row({"text": "x"}, pairs=True)
+    assert caught.value.hint.endswith("or `method: qlora`")
+
+
 scalars = st.none() | st.booleans() | st.integers() | st.text(max_size=3)
 turn = st.fixed_dictionaries(
     {},
@@ -108,25 +184,25 @@ turns = st.lists(turn | scalars, max_size=3) | scalars
 rows = st.fixed_dictionaries(
     {},
     optional={
-        **dict.fromkeys(("messages", "conversations", "prompt", "completion"), turns),
+        **dict.fromkeys(("messages", "conversations", "prompt", "completion", "chosen", "rejected"), turns),
         "text": scalars,
         "tools": scalars | st.lists(scalars, max_size=1),
     },
 )
 
 
-@settings(max_examples=400, deadline=None)
-@given(raw=rows | scalars)
-def test_the_verdict_is_the_scripts(raw: Any, script: ModuleType) -> None:
+@settings(max_examples=600, deadline=None)
+@given(raw=rows | scalars, pairs=st.booleans())
+def test_the_verdict_is_the_scripts(raw: Any, pairs: bool, script: ModuleType) -> None:
     try:
-        theirs = script.clean_row("x:1", raw)
+        theirs = (script.clean_pair if pairs else script.clean_row)("x:1", raw)
     except script.InputError:
         with pytest.raises(BadRow):
-            check_row(raw)
+            check_row(raw, pairs)
         return
-    row = check_row(raw)
-    assert (row.format, row.prompt, row.completion, row.tools) == (
-        *(theirs.format, theirs.prompt, theirs.completion),
+    row = check_row(raw, pairs)
+    assert (row.format, row.prompt, row.completion, row.rejected, row.tools) == (
+        *(theirs.format, theirs.prompt, theirs.completion, theirs.rejected),
         theirs.tools,
     )
 

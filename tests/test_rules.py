@@ -72,6 +72,22 @@ BAD = [
         "add `evaluate: {timeout: 1h}`",
     ),
     (
+        "EXP009",
+        "held-out loss falls below 1.2",
+        "the reward margin rises above 0.5",
+        FACTS,
+        "`held-out reward margin above 0.5` will not be measured: only `method: dpo` has rewards",
+        "name a held-out loss instead",
+    ),
+    (
+        "EXP009",
+        "^hypothesis: (.*)\n((?:.*\n)*?)  method: qlora\n((?:.*\n)*?)  learning_rate: 2e-4",
+        r"hypothesis: the loss falls by 10 %\n\2  method: dpo\n\3  learning_rate: 5e-6",
+        FACTS,
+        "`held-out loss falls by 10 %` will not be measured: no stage gives it after `method: dpo`",
+        "name a reward margin or accuracy",
+    ),
+    (
         "EXP004",
         "dataset: acme/coach",
         "dataset: data/x.jsonl",

@@ -33,11 +33,13 @@ RULES = (
     data.rows_fit_max_length,
     data.rows_keep_their_loss,
     data.loss_has_turns,
+    data.answers_differ,
     data.rows_are_unique,
     data.eval_rows_are_unseen,
     data.rows_fill_a_batch,
     data.split_leaves_rows,
 )
+PAIRS = changed("learning_rate: 2e-4", "learning_rate: 5e-6", changed("method: qlora", "method: dpo", TEXT))
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,34 @@ BAD = [
         "`loss_on: assistant` cannot be honoured",
     ),
     (
+        data.rows_have_a_format,
+        replace(FINE, rows=0, training_rows=0, tokens=None),
+        PAIRS,
+        "data.dataset",
+        "`coach.jsonl` holds no rows",
+    ),
+    (
+        data.rows_keep_their_loss,
+        counted(dropped=Lines(1, (8,)), longest=5000),
+        PAIRS,
+        "train.max_length",
+        "`coach.jsonl:8` is dropped: an answer of the pair has no token left within `max_length: 2048`",
+    ),
+    (
+        data.answers_differ,
+        replace(FINE, same=Lines(2, (4, 9))),
+        PAIRS,
+        "data.dataset",
+        "2 rows of `coach.jsonl` (4, 9) are left out: `chosen` and `rejected` are the same",
+    ),
+    (
+        data.answers_differ,
+        replace(FINE, eval_file=replace(HELD, same=Lines(40, (1, 2, 3, 4, 5)))),
+        TWO_FILES,
+        "data.eval.dataset",
+        "40 rows of `held.jsonl` (1, 2, 3, 4, 5 and 35 more) are left out",
+    ),
+    (
         data.rows_are_unique,
         replace(FINE, duplicates=Lines(2, (4, 9))),
         TEXT,
@@ -191,7 +221,7 @@ BAD = [
         "`split: validation`, but `coach.jsonl` is one file without splits",
     ),
 ]
-WARNINGS = {"is not in turns", "(5 %)", "is dropped", "same as an earlier row"}
+WARNINGS = {"is not in turns", "(5 %)", "is dropped", "same as an earlier row", "(4, 9) are left out"}
 
 
 @pytest.mark.parametrize(("rule", "facts", "text", "key", "message"), BAD, ids=[f"{b[0].__name__}" for b in BAD])
@@ -238,6 +268,24 @@ def test_an_estimate_is_called_one() -> None:
     found = verdict(data.rows_fit_max_length, facts)
     assert found is not None
     assert found.message.endswith("(0 %, estimated: `tokenizers` is not installed)")
+
+
+def test_pairs_from_a_file_to_the_verdict(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    pair = '{"prompt": "%d?", "chosen": "Yes.", "rejected": "No."}'
+    lines = [pair % 1, '{"messages": [{"role": "user", "content": "Hi"}]}', pair.replace("No.", "Yes.") % 3]
+    lines += [pair.replace("Yes.", " ") % 4, pair % 1]
+    (tmp_path / "data/coach.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    facts = read_dataset(parse_experiment(PAIRS).experiment, tmp_path)
+    found = {rule: one for rule in RULES if (one := verdict(rule, facts, PAIRS))}
+    assert {rule.__name__: one.message.partition("`: ")[2] for rule, one in found.items()} == {
+        "rows_have_a_format": "no pair of answers: the row has `messages`",
+        "rows_have_content": "`chosen` is empty",
+        "answers_differ": "",
+        "rows_are_unique": "",
+    }
+    assert found[data.answers_differ].message.startswith("`coach.jsonl:3` is left out")
+    assert found[data.rows_are_unique].message.startswith("`coach.jsonl:5` is the same")
 
 
 def test_from_a_file_to_the_verdict(tmp_path: Path) -> None:

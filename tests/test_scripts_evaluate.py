@@ -280,3 +280,57 @@ def test_models_that_cannot_be_compared(
     assert inline(script, run, monkeypatch) == 1
     assert events(capfd.readouterr().out, "error")[0]["message"] == "the loss after the training is not a number"
     assert not (run.parent / "out" / "manifest.json").exists()
+
+
+def pairs(count: int) -> list[dict]:
+    """Two answers to each question."""
+    made = []
+    for number in range(count):
+        asked = [{"role": "user", "content": f"{number}: How many sailors?"}]
+        better, worse = f"{number} sailors watch.", "The harbour wall. " * (1 + number % 3)
+        answers = [[{"role": "assistant", "content": text.strip()}] for text in (better, worse)]
+        made.append({"prompt": asked, "chosen": answers[0], "rejected": answers[1]})
+    return made
+
+
+def test_of_pairs_the_likelier_answer_is_asked_for(
+    script: ModuleType, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rewards as DPOTrainer defines them: held against its own, on the same pairs, policy and reference."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    run = make_run(tmp_path / "pairs", models)
+    lines(tmp_path / "pairs/data.jsonl", pairs(10))
+    changed = json.loads(run.read_text())
+    changed["experiment"]["train"] |= {"method": "dpo", "loss_on": "completion", "dpo": {"beta": 2.0}}
+    run.write_text(json.dumps(changed), encoding="utf-8")
+    assert inline(script, run, monkeypatch) == 0
+    found = json.loads((tmp_path / "pairs/out/manifest.json").read_text())["metrics"]
+    assert set(found["before"]) == {"loss_chosen", "loss_rejected", "prefers_chosen", "reward_margin"}
+    assert found["before"]["reward_margin"] == 0
+    assert (found["rows"], found["loss_change_percent"]) == (3, None)
+
+    held_out = [pairs(10)[int(row.where.rpartition(":")[2]) - 1] for row in script.split_rows(changed)[1]]
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(models[name], dtype=torch.bfloat16) for name in ("tuned", "base")
+    )
+    settings = DPOConfig(
+        str(tmp_path / "trl"), use_cpu=True, report_to="none", beta=2.0, per_device_eval_batch_size=1, max_length=256
+    )
+    rows = Dataset.from_list(held_out)
+    trainer = DPOTrainer(
+        policy,
+        reference,
+        settings,
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(models["base"]),
+    )
+    trainer.evaluate()
+    theirs = trainer.state.log_history[-1]
+    assert abs(theirs["eval_rewards/margins"]) > 0.1
+    assert found["after"]["reward_margin"] == pytest.approx(theirs["eval_rewards/margins"], rel=0.1)  # bf16
+    assert found["after"]["reward_accuracy"] == pytest.approx(theirs["eval_rewards/accuracies"], abs=1e-6)

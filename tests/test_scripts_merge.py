@@ -744,6 +744,18 @@ def test_model_card(script: ModuleType, tmp_path: Path) -> None:
     assert yaml.safe_load(card.split("---")[1])["base_model"] == "acme/base"
 
 
+@pytest.mark.parametrize(
+    ("quantize", "said"),
+    [(True, "LoRA on a base quantised to 4 bits (QLoRA), preference tuning"), (False, "LoRA, preference tuning")],
+)
+def test_model_card_of_preferences(script: ModuleType, tmp_path: Path, quantize: bool, said: str) -> None:
+    run = make_run(tmp_path, tmp_path, tmp_path)
+    run["experiment"]["train"] = {"method": "dpo", "dpo": {"quantize": quantize}}
+    card = script.model_card(run, {"r": 4, "lora_alpha": 8})
+    assert f"- Method: {said} (DPO), rank 4, alpha 8" in card
+    assert 'tags: ["mergetune", "lora", "dpo"]' in card
+
+
 def test_model_card_names_no_local_path(script: ModuleType, tmp_path: Path) -> None:
     run = make_run(tmp_path, tmp_path, tmp_path)
     run["experiment"]["data"]["dataset"] = "data/coach_<b>.jsonl"

@@ -27,6 +27,7 @@ SCRIPT = ROOT / "scripts/trace_memory.py"
 GEMMA = CATALOGUE["google/gemma-3-12b-it"]
 Trace = Callable[[dict[str, Any]], dict[str, Any]]
 ALL_LINEAR = ("targets: .q_proj, k_proj, v_proj, o_proj.", "targets: all-linear")
+PAIRS, ON_BF16 = ("method: qlora", "method: dpo"), ("  lora:", "  dpo: {quantize: false}\n  lora:")
 FULL = (("method: qlora", "method: full"), ("  lora: .*\n", ""), ("^merge: .*\n", ""))
 # Families that the catalogue does not have, with the sizes that their repositories publish.
 QWEN2 = ModelShape("qwen2", 28, 3584, 18944, 3584, 512, 152064, False, heads=28)
@@ -110,6 +111,19 @@ def test_published_runs(run: str, within: float) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma3_text", "llama", "qwen3"])
+@pytest.mark.parametrize("base", ["4-bit", "bf16"])
+def test_closed_form_and_trace_agree_about_pairs(trace: Trace, family: str, base: str) -> None:
+    changes = (ALL_LINEAR, PAIRS) if base == "4-bit" else (ALL_LINEAR, PAIRS, ON_BF16)
+    traced = trace(request_of(SHAPES[family], *changes))
+    closed = estimate_need(spec_of(experiment_of(*changes), SHAPES[family]), SHAPES[family])
+    assert closed.allocated == pytest.approx(traced["allocated_gib"], rel=0.02)
+    rows = (ALL_LINEAR, ("max_length: 2048", "max_length: 2048\n  batch_size: 2"))
+    alone = trace(request_of(SHAPES[family], *rows, *(() if base == "4-bit" else (("qlora", "lora"),))))
+    assert traced["allocated_gib"] == pytest.approx(alone["allocated_gib"], rel=0.005)  # the reference adds nothing
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", SHAPES)
 def test_closed_form_and_trace_agree(trace: Trace, family: str) -> None:
     shape = SHAPES[family]
@@ -127,6 +141,8 @@ VARIANTS = {
     "padded": (("max_length: 2048", "max_length: 512\n  batch_size: 4"),),
     "dora": (("alpha: 128", "alpha: 128, dora: true"),),
     "eager": (("  lora:", "  sft: {model_init_kwargs: {attn_implementation: eager}}\n  lora:"),),
+    "pairs": (PAIRS,),
+    "pairs on bf16": (PAIRS, ON_BF16),
     "smoothed": (("  lora:", "  sft: {label_smoothing_factor: 0.1}\n  lora:"),),
 }
 

@@ -11,6 +11,7 @@ from pipeline.rules.architecture import (
     tower_left_out,
 )
 from pipeline.rules.data import (
+    answers_differ,
     base_has_a_chat_template,
     eval_rows_are_unseen,
     loss_has_turns,
@@ -63,6 +64,7 @@ from pipeline.rules.online import (
     revisions_exist,
 )
 from pipeline.rules.others import not_done_before, output_is_its_own
+from pipeline.rules.preferences import dropout_is_honoured, preferences_use_one_gpu
 from pipeline.rules.release import converter_knows_base, gguf_can_chat, quants_keep_quality
 from pipeline.rules.rule import Rule, Subject
 from pipeline.rules.scripts import (
@@ -116,6 +118,7 @@ ALL_RULES: tuple[Rule, ...] = (
     Rule("MEM006", quantised_base_is_whole),
     Rule("MEM007", batches_are_shared),
     Rule("MEM008", gpus_are_used),
+    Rule("MEM009", preferences_use_one_gpu),
     Rule("EXP005", output_is_its_own),
     Rule("EXP006", not_done_before),
     Rule("EXP007", base_has_a_config),
@@ -151,6 +154,7 @@ ALL_RULES: tuple[Rule, ...] = (
     Rule("DAT011", eval_rows_are_unseen),
     Rule("DAT012", rows_fill_a_batch),
     Rule("DAT013", split_leaves_rows),
+    Rule("DAT014", answers_differ),
     Rule("TRN001", sft_fields_exist),
     Rule("TRN002", sft_fields_current),
     Rule("TRN003", sft_values_typed),
@@ -170,6 +174,7 @@ ALL_RULES: tuple[Rule, ...] = (
     Rule("TRN017", answers_can_be_found),
     Rule("TRN018", history_is_read_once),
     Rule("TRN019", experts_are_left_out),
+    Rule("TRN020", dropout_is_honoured),
     Rule("SCR001", script_parses),
     Rule("SCR002", script_has_header),
     Rule("SCR003", no_flash_attn),

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import Severity, excerpt
-from pipeline.experiment import Lora, Method, nearest
+from pipeline.experiment import Lora, nearest
 from pipeline.fields import is_path
 from pipeline.flavors import FLAVORS
 from pipeline.rules.loss import answers_can_be_found
@@ -178,10 +178,13 @@ def experts_stay_large(subject: Subject) -> Verdict | None:
     text = config.get("text_config")
     text = text if isinstance(text, Mapping) else config
     experts = (shape.experts if shape else 0) or text.get("num_local_experts") or text.get("num_experts")
-    if experiment.train.method is not Method.QLORA or not isinstance(experts, int) or experts < 1:
+    if not experiment.train.quantised or not isinstance(experts, int) or experts < 1:
         return None
-    message = f"`method: qlora` leaves the {experts} experts of `{experiment.base.model}` in bf16"
-    return Verdict("train.method", message, "write `method: lora`, or choose a dense base", Severity.WARNING)
+    said, plain = ("method: qlora", "method: lora")
+    if experiment.train.is_dpo:
+        said, plain = "dpo: {quantize: true}", "dpo: {quantize: false}"
+    message = f"`{said}` leaves the {experts} experts of `{experiment.base.model}` in bf16"
+    return Verdict("train.method", message, f"write `{plain}`, or choose a dense base", Severity.WARNING)
 
 
 def _model_type(subject: Subject) -> str | None:

@@ -4,9 +4,8 @@ from pipeline.dataset_facts import DatasetFacts, Issues, Lines, Problem
 from pipeline.errors import Severity
 from pipeline.experiment import LossOn
 from pipeline.fields import is_path
+from pipeline.rows import FORMATS, PAIRS
 from pipeline.rules.rule import Subject, Verdict
-
-FORMATS = "`messages`, `prompt` + `completion`, `conversations` (from/value) or `text`"
 
 
 def rows_are_json(subject: Subject) -> Verdict | None:
@@ -22,11 +21,14 @@ def rows_have_a_format(subject: Subject) -> Verdict | None:
     """Every row has the columns of a known format
 
     Why: Columns with other names (`instruction`, `output`) are not guessed: a wrong guess trains on the wrong text.
-    Fix: Write `messages`, `prompt` + `completion`, `conversations` or `text`.
+    Preference tuning learns from pairs of answers, every other method from one answer.
+    Fix: Write `messages`, `prompt` + `completion`, `conversations` or `text`; with `method: dpo` `prompt` + `chosen` +
+    `rejected`, or whole conversations as `chosen` + `rejected`.
     """
     for key, facts in _files(subject):
         if facts.rows == 0:
-            return Verdict(key, f"`{facts.path}` holds no rows", f"write at least one row of {FORMATS}")
+            known = PAIRS if subject.file.experiment.train.is_dpo else FORMATS
+            return Verdict(key, f"`{facts.path}` holds no rows", f"write at least one row of {known}")
     return _refused(subject, Problem.FORMAT)
 
 
@@ -106,8 +108,11 @@ def rows_keep_their_loss(subject: Subject) -> Verdict | None:
     if facts is None or facts.tokens is None or not facts.tokens.dropped.count:
         return None
     tokens = facts.tokens
-    message = f"{_named(facts, tokens.dropped)} dropped: no token with a loss (`loss_on: {train.loss_on}`) is left"
-    message += f" within `max_length: {train.max_length}`{_estimated(facts)}"
+    left = f"no token with a loss (`loss_on: {train.loss_on}`) is left"
+    if train.is_dpo:
+        left = "an answer of the pair has no token left"
+    message = f"{_named(facts, tokens.dropped)} dropped: {left} within `max_length: {train.max_length}`"
+    message += _estimated(facts)
     cut = tokens.longest > train.max_length
     hint = f"write `max_length: {tokens.longest}`" if cut else "write answers into those rows, or `loss_on: all`"
     return Verdict("train.max_length", message, hint, Severity.WARNING if tokens.sequences else Severity.ERROR)
@@ -124,6 +129,21 @@ def loss_has_turns(subject: Subject) -> Verdict | None:
         if facts.format == "text" and loss_on is not LossOn.ALL:
             message = f"`{facts.path}` has `text` rows without turns, so `loss_on: {loss_on}` cannot be honoured"
             return Verdict("train.loss_on", message, "write `loss_on: all`, or rows of `prompt` + `completion`")
+    return None
+
+
+def answers_differ(subject: Subject) -> Verdict | None:
+    """Both answers of a pair differ
+
+    Why: Where `chosen` and `rejected` are the same there is nothing to prefer; training leaves such pairs out.
+    Fix: Remove them, or write an answer that is worse.
+    """
+    for key, facts in _files(subject):
+        if facts.same.count:
+            every = facts.same.count == facts.rows
+            message = f"{_named(facts, facts.same)} left out: `chosen` and `rejected` are the same"
+            hint = f"write another `rejected`, or remove {_those(facts.same)}"
+            return Verdict(key, message, hint, Severity.ERROR if every else Severity.WARNING)
     return None
 
 

@@ -48,15 +48,20 @@ def revision_pinned(subject: Subject) -> Verdict | None:
 def hypothesis_is_measured(subject: Subject) -> Verdict | None:
     """What the hypothesis claims is measured by a stage
 
-    Why: The results hold a hypothesis to every loss and perplexity that it names. One that nothing measures stays open.
+    Why: The results hold a hypothesis to every loss and perplexity that it names, and after `method: dpo` to every
+    reward margin and accuracy. One that nothing measures stays open.
     Fix: Hold rows out with `data.eval`; a perplexity and a fall in percent need the `evaluate` stage too, which asks
-    the base as well.
+    the base as well. Preference tuning has neither: name a reward margin or accuracy.
     """
     experiment = subject.file.experiment
     for claim in read_claims(experiment.hypothesis):
         needs_base = claim.percent or claim.metric.endswith("perplexity")
+        if claim.is_reward and not experiment.train.is_dpo:
+            return _unmeasured(claim, "only `method: dpo` has rewards", "name a held-out loss instead")
         if claim.metric.startswith("held-out") and experiment.data.eval is None:
             return _unmeasured(claim, "no rows are held out", "add `eval: {fraction: 0.05}` under `data`")
+        if needs_base and experiment.train.is_dpo:
+            return _unmeasured(claim, "no stage gives it after `method: dpo`", "name a reward margin or accuracy")
         if needs_base and (experiment.evaluate is None or claim.metric.startswith("training")):
             hint = "add `evaluate: {timeout: 1h}`" if experiment.evaluate is None else "name a held-out one instead"
             return _unmeasured(claim, "nothing compares with the base" if claim.percent else "no stage gives it", hint)

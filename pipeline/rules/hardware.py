@@ -72,7 +72,7 @@ def quantised_base_is_whole(subject: Subject) -> Verdict | None:
     """
     experiment, shape = subject.file.experiment, subject.facts.shape
     parallel, flavor = parallel_of(experiment, shape), FLAVORS.get(experiment.train.flavor)
-    if shape is None or flavor is None or parallel.gpus < 2 or experiment.train.method is not Method.QLORA:
+    if shape is None or flavor is None or parallel.gpus < 2 or not experiment.train.quantised:
         return None
     estimate = estimate_memory(experiment, shape)
     if estimate.fits(flavor) is not False:

@@ -99,7 +99,7 @@ def history_is_read_once(subject: Subject) -> Verdict | None:
 def _asks_for_answers(subject: Subject) -> bool:
     """Our script will look for answers in conversations, as far as that is known."""
     train, data = subject.file.experiment.train, subject.facts.dataset
-    if train.loss_on is not LossOn.ASSISTANT or train.script or not subject.facts.chat_template:
+    if train.is_dpo or train.loss_on is not LossOn.ASSISTANT or train.script or not subject.facts.chat_template:
         return False
     return data is None or data.is_chat
 

@@ -200,7 +200,7 @@ def _without_a_word(subject: Subject) -> Iterator[tuple[str, Any, str]]:
     lora = train.lora or Lora()
     custom = train.script is not None and train.script != MLX_SCRIPT
     refused: tuple[tuple[str, Any, bool, str], ...] = (
-        ("method", train.method, train.method is Method.FULL, "write `method: lora`"),
+        ("method", train.method, train.method in (Method.FULL, Method.DPO), "write `method: lora`"),
         ("packing", train.packing, train.packing, "remove `packing`"),
         ("tracking", train.tracking.value, train.tracking.value != "none", "remove `tracking`"),
         ("script", train.script, custom, "remove `script`"),

@@ -5,6 +5,7 @@ from typing import Any
 from pipeline.errors import Severity, excerpt
 from pipeline.experiment import OWNED_BY_TRAIN, Backend, Method, nearest
 from pipeline.rules.rule import Subject, Verdict
+from pipeline.train_sections import OWNED_BY_DPO
 
 # What scripts/train_sft.py decides (its FIELD_OF and OWNED; a test compares), less what another rule explains.
 _OWNED = """
@@ -16,14 +17,23 @@ logging_strategy logging_steps logging_nan_inf_filter dataset_kwargs dataset_tex
 pad_token fsdp fsdp_config deepspeed parallelism_config average_tokens_across_devices
 """
 OWNED = frozenset(_OWNED.split())
+_OWNED_WITH_DPO = """
+truncation_mode padding_free loss_weights precompute_ref_log_probs precompute_ref_batch_size sync_ref_model
+ref_model_mixup_alpha ref_model_sync_steps
+"""
+OWNED_WITH_DPO = frozenset(_OWNED_WITH_DPO.split())
 # The schema already refuses its own table; the script also decides `data_seed`, and the rest it owns without a field.
 EXPERIMENT_FIELD = {key: field for key, field in OWNED_BY_TRAIN.items() if key not in OWNED} | {
     "data_seed": "train.seed"
 }
+# DPOTrainer passes over `label_smoothing_factor` in silence; the schema refuses the others.
+FIELD_WITH_DPO = OWNED_BY_DPO | {"label_smoothing_factor": "train.sft.label_smoothing"}
 OWNED_LOADING = ("dtype", "torch_dtype", "quantization_config", "device_map", "revision", "trust_remote_code")
 # Names that SFTConfig had, or that people expect it to have, and what says it now. `{}` is the value written.
 MOVED = {
     "max_seq_length": "`max_length: {}` under `train`",
+    "max_prompt_length": "nothing: `train.max_length` counts a prompt with its answer",
+    "max_completion_length": "nothing: `train.max_length` counts a prompt with its answer",
     "warmup_ratio": "`warmup_steps: {}`: below 1 it is a part of all steps",
     "evaluation_strategy": "nothing: held-out rows come from `data.eval`",
     "tokenizer": "nothing: the base's tokenizer is used",
@@ -63,8 +73,10 @@ KINDS: dict[str, tuple[type, ...]] = {
     "dict": (dict,),
 }
 EXAMPLES = {"int": "8", "float": "0.1", "bool": "true", "str": "cosine", "list": "[a, b]", "dict": "{key: value}"}
-# A tenth and ten times of what the TRL documentation starts from: 2e-5 for all weights, ten times that for LoRA.
+# A tenth and ten times of what the TRL documentation starts from: 2e-5 for all weights, ten times that for LoRA; with
+# preferences 5e-6 for LoRA (trl/scripts/dpo.py).
 LEARNING_RATES = {Method.FULL: (2e-6, 2e-4), Method.LORA: (2e-5, 2e-3), Method.QLORA: (2e-5, 2e-3)}
+LEARNING_RATES[Method.DPO] = (5e-7, 5e-5)
 EFFECTIVE_BATCH = (4, 256)
 # Peak over baseline when full logits are built, as a multiple of the fp32 logits: measured on CPU, 262,144 tokens.
 LOGIT_COPIES = 3.1
@@ -73,7 +85,7 @@ LOGIT_COPIES = 3.1
 def sft_fields_exist(subject: Subject) -> Verdict | None:
     """Every key of `train.sft` is a field of the pinned SFTConfig
 
-    Why: A name of an older TRL is a TypeError after the machine was started.
+    Why: A name of an older TRL is a TypeError after the machine was started. With `method: dpo` it is DPOConfig's.
     Fix: The name of today; the hint says it.
     """
     known = subject.facts.sft_fields
@@ -87,7 +99,7 @@ def sft_fields_exist(subject: Subject) -> Verdict | None:
         else:
             near = nearest(key, known)
             hint = f"did you mean `{near}`?" if near else f"remove `{excerpt(key)}`"
-        return Verdict(f"train.sft.{key}", f"SFTConfig has no field `{excerpt(key)}`", hint)
+        return Verdict(f"train.sft.{key}", f"{_config(subject)} has no field `{excerpt(key)}`", hint)
     return None
 
 
@@ -117,7 +129,7 @@ def sft_values_typed(subject: Subject) -> Verdict | None:
         at = f"train.sft.{key}"
         if value is not None and not _is_a(value, types.get(key, "any")):
             hint = f"write `{key}: {_as_type(value, types[key])}`"
-            return Verdict(at, f"`{key}` is {_kind(value)}, SFTConfig wants {types[key]}", hint)
+            return Verdict(at, f"`{key}` is {_kind(value)}, {_config(subject)} wants {types[key]}", hint)
         if isinstance(value, str) and key in choices and value not in choices[key]:
             near = nearest(value, choices[key]) or choices[key][0]
             return Verdict(at, f"`{key}` cannot be `{excerpt(value)}`", f"write `{key}: {near}`")
@@ -133,13 +145,16 @@ def sft_keys_are_free(subject: Subject) -> Verdict | None:
     train = subject.file.experiment.train
     if train.script is not None:
         return None
+    fields, owned = EXPERIMENT_FIELD, OWNED
+    if train.is_dpo:
+        fields, owned = fields | FIELD_WITH_DPO, owned | OWNED_WITH_DPO
     for key in train.sft:
-        if key in EXPERIMENT_FIELD:
-            field = EXPERIMENT_FIELD[key]
+        if key in fields:
+            field = fields[key]
             return Verdict(
                 f"train.sft.{key}", f"`{key}` is decided by `{field}`", f"remove `{key}` and write `{field}`"
             )
-        if key in OWNED and key != "logging_nan_inf_filter" and not key.startswith("trackio_"):
+        if key in owned and key != "logging_nan_inf_filter" and not key.startswith("trackio_"):
             return Verdict(f"train.sft.{key}", f"`{key}` is set by the training script", f"remove `{key}`")
     for key in _loading(subject):
         if key in OWNED_LOADING and key not in ("dtype", "torch_dtype"):
@@ -194,7 +209,7 @@ def learning_rate_sane(subject: Subject) -> Verdict | None:
     """The learning rate is within ten times of what usually works
 
     Why: Too large diverges, too small learns nothing, and both cost the same as a good run.
-    Fix: About 2e-4 for LoRA and QLoRA, about 2e-5 for all weights.
+    Fix: About 2e-4 for LoRA and QLoRA, about 2e-5 for all weights, about 5e-6 for preference tuning.
     """
     train = subject.file.experiment.train
     low, high = LEARNING_RATES[train.method]
@@ -230,12 +245,16 @@ def logits_stay_fused(subject: Subject) -> Verdict | None:
     """
     train, shape = subject.file.experiment.train, subject.facts.shape
     factor = train.sft.get("label_smoothing_factor")
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or factor <= 0:
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or factor <= 0 or train.is_dpo:
         return None
     gib = LOGIT_COPIES * 4 * train.batch_size * train.max_length * (shape.vocab if shape else 0) / 2**30
     cost = f", about {gib:.1f} GiB more" if gib else ", gigabytes with a large vocabulary"
     message = f"`label_smoothing_factor` builds the logits of {train.batch_size * train.max_length} tokens{cost}"
     return Verdict("train.sft.label_smoothing_factor", message, "remove `label_smoothing_factor`", Severity.WARNING)
+
+
+def _config(subject: Subject) -> str:
+    return "DPOConfig" if subject.file.experiment.train.is_dpo else "SFTConfig"
 
 
 def _loading(subject: Subject) -> dict[str, Any]:

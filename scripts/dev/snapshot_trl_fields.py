@@ -15,14 +15,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipeline.trl_fields import SNAPSHOT, read_source
+from pipeline.trl_fields import DPO, SFT, SNAPSHOT, read_source
 
 
 def current() -> dict[str, Any]:
     """What the installed versions accept, without the date."""
-    types, choices = read_source(Path(sysconfig.get_paths()["purelib"]))
+    site = Path(sysconfig.get_paths()["purelib"])
     versions = {name: metadata.version(name) for name in ("trl", "transformers")}
-    return {"versions": versions, "types": dict(sorted(types.items())), "choices": dict(sorted(choices.items()))}
+    sft, dpo = ([dict(sorted(part.items())) for part in read_source(site, config)] for config in (SFT, DPO))
+    return {"versions": versions, "types": sft[0], "choices": sft[1], "dpo": {"types": dpo[0], "choices": dpo[1]}}
 
 
 def committed() -> dict[str, Any]:

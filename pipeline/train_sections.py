@@ -1,0 +1,74 @@
+"""Sections inside `train` that only some trainings have: preference tuning, MLX. Knows no other field by its value."""
+
+from collections.abc import Collection, Mapping
+from enum import StrEnum
+from typing import Any
+
+from pydantic import Field
+
+from pipeline.fields import BaseSource, Boolean, PositiveFloat, PositiveInt, Revision, Section, fault
+
+# What `train.dpo` says may not stand in `train.sft` again.
+OWNED_BY_DPO = {"beta": "train.dpo.beta", "loss_type": "train.dpo.loss"}
+# TRL 1.16, trl/scripts/dpo.py, starts LoRA from this; its DPOConfig has 1e-6, for all weights.
+DPO_RATE = "5e-6"
+
+
+class DpoLoss(StrEnum):
+    """Losses of TRL 1.16's DPOTrainer. All of them take the base with the adapter off as reference: no second model."""
+
+    SIGMOID = "sigmoid"
+    HINGE = "hinge"
+    IPO = "ipo"
+    EXO_PAIR = "exo_pair"
+    NCA_PAIR = "nca_pair"
+    ROBUST = "robust"
+    BCO_PAIR = "bco_pair"
+    SPPO_HARD = "sppo_hard"
+    AOT = "aot"
+    AOT_UNPAIRED = "aot_unpaired"
+    APO_ZERO = "apo_zero"
+    APO_DOWN = "apo_down"
+    DISCOPOP = "discopop"
+    SFT = "sft"
+    SIGMOID_NORM = "sigmoid_norm"
+
+
+class Dpo(Section):
+    """Preference tuning: answer as `chosen` and not as `rejected`, and stay near the base."""
+
+    beta: PositiveFloat = Field(0.1, description="How strongly the model is held to its base.")
+    loss: DpoLoss = Field(DpoLoss.SIGMOID, description="Loss of TRL's DPOTrainer; `sigmoid` is the paper's.")
+    quantize: Boolean = Field(True, description="4-bit base, as `qlora`; `false`: bf16 base, as `lora`.")
+
+
+class Mlx(Section):
+    """What only MLX is told."""
+
+    base: BaseSource | None = Field(
+        None,
+        description="MLX model to train on, say a quantised one: Hub id or `./folder`. Left out: `base.model`.",
+    )
+    revision: Revision | None = Field(None, description="Commit of `train.mlx.base` on the Hub.")
+    num_layers: PositiveInt | None = Field(None, description="Only the last so many layers learn. Left out: all.")
+
+
+def check_dpo(chosen: bool, written: Collection[str], dpo: Dpo | None, sft: Mapping[str, Any]) -> None:
+    """Raise the fault of a training whose `dpo` does not go with its other fields; `chosen`: it is `method: dpo`."""
+    if not chosen:
+        if dpo is not None:
+            raise fault("`dpo` is read by `method: dpo` alone", "remove `dpo`, or write `method: dpo`", "dpo")
+        return
+    for key in OWNED_BY_DPO.keys() & sft.keys():
+        hint = f"remove it here and write `{OWNED_BY_DPO[key].split('.')[-1]}: {sft[key]}` under `train.dpo`"
+        raise fault(f"`train.sft.{key}` is decided by `{OWNED_BY_DPO[key]}`", hint, f"sft.{key}")
+    for key in ("loss_on", "packing"):
+        if key in written:
+            message = f"`{key}` means nothing to `method: dpo`: the loss compares two whole answers, pair by pair"
+            raise fault(message, f"remove `{key}`", key)
+    if "learning_rate" not in written:
+        message = "`method: dpo` has no default `learning_rate`: 2e-4, that of the others, is far too high for it"
+        raise fault(message, f"write `learning_rate: {DPO_RATE}`, where TRL's own LoRA example starts")
+    if dpo and dpo.loss is DpoLoss.EXO_PAIR and not sft.get("label_smoothing"):
+        hint = "write `sft: {label_smoothing: 0.001}` under `train`, the paper's value"
+        raise fault("`loss: exo_pair` needs `label_smoothing` above 0", hint, "dpo.loss")
