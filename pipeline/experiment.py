@@ -159,6 +159,9 @@ class Train(Section):
     flavor: str = Field(
         "", validate_default=True, description="Hardware of a job, such as `a10g-large`; of MLX the chip, or nothing."
     )
+    nodes: Annotated[int, Field(ge=1, le=8), WHOLE] = Field(
+        1, description="Machines of that flavor that train together, each a job of its own: see docs/jobs.md."
+    )
     timeout: Duration | None = Field(
         None, validate_default=True, description="Hard stop: `90m`, `4h`. The worst case of the price; not with MLX."
     )
@@ -201,6 +204,10 @@ class Train(Section):
             raise fault("`method: full` has no adapter", "remove `lora`, or write `method: lora`")
         if self.mlx is not None and self.backend is Backend.TORCH:
             raise fault("`mlx` is read by `backend: mlx` alone", "remove `mlx`, or write `backend: mlx`", "mlx")
+        if self.nodes > 1 and self.backend is Backend.MLX:
+            raise fault("MLX trains on one Mac", "remove `nodes`, or write `backend: torch`", "nodes")
+        if self.nodes > 1 and self.script is not None:
+            raise fault("a custom script has one job: its machines are its own affair", "remove `nodes`", "nodes")
         return self
 
 
@@ -289,6 +296,7 @@ class Experiment(Section):
             values["train"]["lora"] = Lora().model_dump(mode="json")
         if self.train.backend is Backend.TORCH:  # says nothing: a request is the same as before there was a choice
             del values["train"]["backend"], values["train"]["mlx"]
+        del values["train"]["nodes"]  # where, not what: run.json says it on its own where there are several
         return values
 
 

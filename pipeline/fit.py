@@ -43,7 +43,8 @@ def cheapest_flavor(experiment: Experiment, shape: ModelShape) -> Flavor | None:
     if one := next((flavor for flavor in gpu_flavors() if need.fits(flavor)), None):
         return one
     batches = experiment.train.gradient_accumulation
-    several = [f for f in FLAVORS.values() if f.gpus > 1 and batches % f.gpus == 0]
+    nodes = experiment.train.nodes
+    several = [f for f in FLAVORS.values() if f.gpus > 1 and batches % (f.gpus * nodes) == 0]
     fitting = [f for f in several if estimate_memory(experiment, shape, f).fits(f)]
     return min(fitting, key=lambda flavor: flavor.usd_per_hour, default=None)
 

@@ -108,9 +108,9 @@ def rehearse(
 
 
 def _parallel(experiment: Experiment, facts: Facts) -> Parallel:
-    """Two processes stand for all GPUs of a flavor that has several: they run the code that those will run."""
+    """Two processes of one machine stand for all GPUs of all nodes: they run the code that those will run."""
     parallel = parallel_of(experiment, facts.shape)
-    return replace(parallel, gpus=min(parallel.gpus, PROCESSES))
+    return replace(parallel, gpus=min(parallel.gpus, PROCESSES), nodes=1)
 
 
 def lay_out(
