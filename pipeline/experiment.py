@@ -296,7 +296,8 @@ class Experiment(Section):
             values["train"]["lora"] = Lora().model_dump(mode="json")
         if self.train.backend is Backend.TORCH:  # says nothing: a request is the same as before there was a choice
             del values["train"]["backend"], values["train"]["mlx"]
-        del values["train"]["nodes"]  # where, not what: run.json says it on its own where there are several
+        if self.train.nodes == 1:
+            del values["train"]["nodes"]
         return values
 
 
