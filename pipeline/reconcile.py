@@ -21,6 +21,19 @@ The states, from the last artifact that exists with this run's id:
 | the job failed or is gone, a retry may pass, money remains    | Submit the next attempt                         |
 | the job failed otherwise                                      | GiveUp with the diagnosis                       |
 
+Where the stage trains on several nodes, an attempt is live while one of them is, and one job means all of theirs:
+
+| seen of an attempt on several nodes                           | action                                          |
+|---------------------------------------------------------------|-------------------------------------------------|
+| all of them are queued, running or at their end               | as above                                        |
+| a node was never started, its claim is younger than its lease | Wait: it is in flight elsewhere                 |
+| the same, older                                               | Submit that node, until the posts are up        |
+| a person has cancelled one of them                            | GiveUp: the others are stopped with it          |
+| one has failed or is gone, others are live                    | StopNodes, unless the first is past training    |
+| the controller has said that it ends them, one is live        | StopNodes                                       |
+| none is live, one has failed                                  | as a job that failed, of the most telling cause |
+| the artifact is there, and a node lives on                    | StopNodes, after the lag window                 |
+
 A round is what lies between two finish tags: `mergetune retry` opens the next one, and the attempts of a closed round
 no longer count.
 """
@@ -33,9 +46,10 @@ from pipeline.curve_notes import find_waste
 from pipeline.diagnose import Diagnosis, diagnose, diagnose_message
 from pipeline.flavors import FLAVORS
 from pipeline.live import Live, read_live
+from pipeline.nodes import ended_nodes, has_trained, missing_nodes, most_telling
 from pipeline.plan import Plan, Stage, StageName
 from pipeline.remedy import remedy
-from pipeline.remote import NOBODY, JobState, SeenJob, StageView, Winner
+from pipeline.remote import NOBODY, Claim, JobState, SeenJob, StageView, Winner
 from pipeline.settings import Stop
 
 GONE = "the job is not known to the server any more"
@@ -82,11 +96,22 @@ class Seen:
 
 @dataclass(frozen=True)
 class Submit:
-    """Start an attempt at a stage."""
+    """Start an attempt at a stage; `nodes` are those of an attempt under way that were never started."""
 
     stage: Stage
     attempt: int
     why: str = ""
+    nodes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class StopNodes:
+    """One node of an attempt cannot go on, so the others must not: end these jobs, then judge the attempt."""
+
+    stage: StageName
+    attempt: int
+    jobs: tuple[str, ...]
+    why: str
 
 
 @dataclass(frozen=True)
@@ -121,7 +146,7 @@ class Finish:
     """Every artifact is there."""
 
 
-Action = Submit | Wait | Ask | GiveUp | Finish
+Action = Submit | Wait | StopNodes | Ask | GiveUp | Finish
 
 
 def decide(
@@ -132,7 +157,7 @@ def decide(
     if not pending:
         return Finish()
     if live := [job for job in seen.jobs if job.is_live]:
-        return _about_live(plan, live[0], seen.live(live[0]), now, limits)
+        return _about_live(plan, seen, live, now, limits)
     if pending[0].flavor.local:
         return _about_adapter(plan, pending[0], seen)
     action = _about_stage(plan, pending[0], seen, now, limits, (closed_attempts or {}).get(pending[0].name, 0))
@@ -144,8 +169,14 @@ def spent_usd(jobs: tuple[SeenJob, ...]) -> float:
     return sum(billed_usd(job.running_s, FLAVORS[job.flavor]) for job in jobs if job.flavor in FLAVORS)
 
 
-def so_far_usd(job: SeenJob, live: Live | None, now: float) -> float | None:
-    """What a job that runs has cost until `now`; a server may tell its seconds only at the end, its log has them."""
+def so_far_usd(seen: Seen, now: float) -> float | None:
+    """What the jobs that run, one for each node, have cost until `now`; None when none runs."""
+    costs = [usd for job in seen.jobs if (usd := _job_so_far_usd(job, seen.live(job), now)) is not None]
+    return sum(costs) if costs else None
+
+
+def _job_so_far_usd(job: SeenJob, live: Live | None, now: float) -> float | None:
+    """A server may tell a job's seconds only at the end, its log has them."""
     if job.flavor not in FLAVORS or job.state is not JobState.RUNNING:
         return None
     logged_s = now - live.since if live and live.since else 0.0
@@ -170,7 +201,10 @@ def _about_stage(plan: Plan, stage: Stage, seen: Seen, now: float, limits: Limit
         return Submit(stage, closed + 1, "asked for by a retry" if closed else "first attempt")
     if view.winner == Winner(attempt, NOBODY):
         return _cancelled(plan, stage, "it was cancelled")
-    job = _job_of(view, [job for job in jobs if job.attempt == attempt])
+    group = [job for job in jobs if job.attempt == attempt]
+    job = _job_of(view, group)
+    if job is not None and stage.parallel.nodes > 1 and not _has_succeeded(view, group):
+        return _about_ended_nodes(plan, stage, seen, group, attempt - closed, now, limits)
     if job is None:
         return _about_no_job(plan, stage, view, attempt, attempt - closed, now, limits)
     match job.state:
@@ -183,10 +217,13 @@ def _about_stage(plan: Plan, stage: Stage, seen: Seen, now: float, limits: Limit
                 return _cancelled(plan, stage, said.cause if said else "it was cancelled", said)
             return _about_failure(plan, stage, said, attempt, attempt - closed, limits)
         case _:
-            log = seen.logs.get(job.id, "")
-            found = diagnose(log, job.message)
-            found = replace(found, hint=remedy(found, plan, stage, log))
-            return _about_failure(plan, stage, found, attempt, attempt - closed, limits)
+            return _about_failure(plan, stage, _diagnosed(plan, stage, seen, job), attempt, attempt - closed, limits)
+
+
+def _diagnosed(plan: Plan, stage: Stage, seen: Seen, job: SeenJob) -> Diagnosis:
+    log = seen.logs.get(job.id, "")
+    found = diagnose(log, job.message)
+    return replace(found, hint=remedy(found, plan, stage, log))
 
 
 def _within_budget(plan: Plan, submit: Submit, pending: list[Stage], seen: Seen) -> Action:
@@ -204,14 +241,93 @@ def _cancelled(plan: Plan, stage: Stage, why: str, said: Diagnosis | None = None
     return GiveUp(stage.name, why, hint or f"`mergetune retry {plan.experiment.name}` starts it again", cancelled=True)
 
 
-def _about_live(plan: Plan, job: SeenJob, live: Live | None, now: float, limits: Limits) -> Action:
-    if job.state is JobState.QUEUED and now - job.created_at > limits.queue_patience_s:
-        hours = limits.queue_patience_s / 3600
-        return GiveUp(job.stage, f"no machine came in {hours:.0f} h", f"another flavor than `{job.flavor}` may be free")
-    waste = live and find_waste(live, now, limits.idle_s, plan.experiment.train.learning_rate)
-    if waste and waste.kind in limits.early_stop:
-        return GiveUp(job.stage, f"stopped early: {waste.why}", waste.hint)
-    return Wait(f"{job.stage} is {job.state}")
+def _about_live(plan: Plan, seen: Seen, jobs: list[SeenJob], now: float, limits: Limits) -> Action:
+    for job in jobs:
+        if job.state is JobState.QUEUED and now - job.created_at > limits.queue_patience_s:
+            hours, hint = limits.queue_patience_s / 3600, f"another flavor than `{job.flavor}` may be free"
+            return GiveUp(job.stage, f"no machine came in {hours:.0f} h", hint)
+        live = seen.live(job)
+        waste = live and find_waste(live, now, limits.idle_s, plan.experiment.train.learning_rate)
+        if waste and waste.kind in limits.early_stop:
+            return GiveUp(job.stage, f"stopped early: {waste.why}", waste.hint)
+    stage = next((stage for stage in plan.stages if stage.name is jobs[0].stage), None)
+    several = stage and stage.parallel.nodes > 1 and _about_live_nodes(plan, stage, seen, jobs, now, limits)
+    return several or Wait(f"{jobs[0].stage} is {jobs[0].state}")
+
+
+def _about_live_nodes(
+    plan: Plan, stage: Stage, seen: Seen, live: list[SeenJob], now: float, limits: Limits
+) -> Action | None:
+    """What an attempt needs of which some nodes are live; None when it is on its way."""
+    attempt, view = max(job.attempt for job in live), seen.views.get(stage.name, StageView())
+    group = [job for job in seen.jobs if (job.stage, job.attempt) == (stage.name, attempt)]
+    claim = view.claim if view.claim and view.claim.attempt == attempt else None
+    stop = StopNodes(stage.name, attempt, tuple(job.id for job in live), "")
+    first = next((job for job in group if job.node == 0), None)
+    if stage.name in seen.done(plan) or _has_succeeded(view, group):
+        is_late = first and first.finished_at and now - first.finished_at > limits.lag_s
+        return replace(stop, why="the first node has ended") if is_late else None
+    if claim and claim.ended:
+        return replace(stop, why=claim.ended)
+    ended = ended_nodes(group)
+    if stopped := _stopped(ended, claim):
+        return _cancelled(plan, stage, *stopped)
+    if gone := set(claim.job_ids if claim else ()) - {job.id for job in group}:
+        return replace(stop, why=f"{GONE}: {min(gone)}")
+    if ended and not (first and has_trained(seen.live(first))):
+        job = ended[0]
+        return replace(stop, why=f"node {job.node + 1} of {stage.parallel.nodes} has {job.state.value}")
+    return _about_missing_nodes(plan, stage, group, claim, now, limits)
+
+
+def _about_missing_nodes(
+    plan: Plan, stage: Stage, group: list[SeenJob], claim: Claim | None, now: float, limits: Limits
+) -> Action | None:
+    missing = missing_nodes(group, stage.parallel.nodes)
+    if not missing or claim is None:
+        return None
+    if claim.at - now > limits.lease_s or claim.posts >= limits.posts:
+        why = f"no job of node {missing[0] + 1} of {stage.parallel.nodes} can be found after {claim.posts} submits"
+        return GiveUp(stage.name, why, f"look at the jobs page, then `mergetune retry {plan.experiment.name}`")
+    if now - claim.at < limits.lease_s:
+        return Wait(f"{stage.name} is being submitted elsewhere")
+    return Submit(stage, claim.attempt, f"node {missing[0] + 1} was not started", missing)
+
+
+def _about_ended_nodes(
+    plan: Plan, stage: Stage, seen: Seen, group: list[SeenJob], tried: int, now: float, limits: Limits
+) -> Action:
+    """An attempt of which no node is live and whose first has not succeeded: of the most telling failure."""
+    attempt, view = group[0].attempt, seen.views.get(stage.name, StageView())
+    claim = view.claim if view.claim and view.claim.attempt == attempt else None
+    if stopped := _stopped(group, claim):
+        return _cancelled(plan, stage, *stopped)
+    found = [(job, _diagnosed(plan, stage, seen, job)) for job in group if job.state is JobState.FAILED]
+    told = [(job, diagnose_message(job.message)) for job in group if job.state is JobState.CANCELLED]
+    found += [(job, said) for job, said in told if said]
+    gone = set(claim.job_ids if claim else ()) - {job.id for job in group}
+    why = GONE if gone else claim.ended if claim else ""
+    cause = most_telling(found) or (Diagnosis(why, "", True, "") if why else None)
+    if cause is not None:
+        return _about_failure(plan, stage, cause, attempt, tried, limits)
+    return _about_success(stage, max(group, key=lambda job: job.finished_at or job.created_at), now, limits)
+
+
+def _has_succeeded(view: StageView, group: list[SeenJob]) -> bool:
+    """Whether the first node did all of its work: what a later one failed of does not matter then."""
+    won = view.winner.job_id if view.winner else ""
+    return any(job.id == won and job.state is JobState.SUCCEEDED for job in group)
+
+
+def _stopped(jobs: list[SeenJob], claim: Claim | None) -> tuple[str, Diagnosis | None] | None:
+    """Why these must not be bought again: one was cancelled, not by us and not by a lost machine."""
+    if claim and claim.ended:
+        return None
+    for job in jobs:
+        said = diagnose_message(job.message) if job.state is JobState.CANCELLED else None
+        if job.state is JobState.CANCELLED and not (said and said.transient):
+            return said.cause if said else "it was cancelled", said
+    return None
 
 
 def _job_of(view: StageView, jobs: list[SeenJob]) -> SeenJob | None:
