@@ -141,9 +141,9 @@ def end_attempt(remote: Remote, repo: str, folder: str, attempt: int, jobs: Coll
     """
     for _ in range(CAS_TRIES):
         view = remote.view(repo, folder)
-        if view.head is None or view.claim is None or view.claim.attempt != attempt:
+        if view.head is None or view.claim is None or view.claim.attempt < attempt:
             return  # the world has moved: the next tick looks again
-        if view.claim.ended:
+        if view.claim.ended or view.claim.attempt > attempt:  # of an earlier attempt nothing is judged any more
             break
         try:
             ended = replace(view.claim, ended=why)

@@ -32,6 +32,11 @@ def ended_nodes(jobs: Sequence[SeenJob]) -> list[SeenJob]:
     return [job for job in jobs if job.node not in held]
 
 
+def has_met(live: Live | None) -> bool:
+    """Whether the first node trains: then all are there, though a listing may not show one yet."""
+    return live is not None and (bool(live.points) or live.progress.phase in ("train", *AFTER_TRAINING))
+
+
 def has_trained(live: Live | None) -> bool:
     """Whether the first node is past its training: what becomes of the others does not matter any more."""
     return live is not None and live.progress.phase in AFTER_TRAINING

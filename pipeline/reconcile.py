@@ -46,7 +46,7 @@ from pipeline.curve_notes import find_waste
 from pipeline.diagnose import Diagnosis, diagnose, diagnose_message
 from pipeline.flavors import FLAVORS
 from pipeline.live import Live, read_live
-from pipeline.nodes import ended_nodes, has_trained, missing_nodes, most_telling
+from pipeline.nodes import ended_nodes, has_met, has_trained, missing_nodes, most_telling
 from pipeline.plan import Plan, Stage, StageName
 from pipeline.remedy import remedy
 from pipeline.remote import NOBODY, Claim, JobState, SeenJob, StageView, Winner
@@ -263,7 +263,8 @@ def _about_live_nodes(
     group = [job for job in seen.jobs if (job.stage, job.attempt) == (stage.name, attempt)]
     claim = view.claim if view.claim and view.claim.attempt == attempt else None
     stop = StopNodes(stage.name, attempt, tuple(job.id for job in live), "")
-    first = next((job for job in group if job.node == 0), None)
+    first = _job_of(view, [job for job in group if job.node == 0])
+    told = seen.live(first) if first and first.is_live else None
     if stage.name in seen.done(plan) or _has_succeeded(view, group):
         is_late = first and first.finished_at and now - first.finished_at > limits.lag_s
         return replace(stop, why="the first node has ended") if is_late else None
@@ -274,10 +275,10 @@ def _about_live_nodes(
         return _cancelled(plan, stage, *stopped)
     if gone := set(claim.job_ids if claim else ()) - {job.id for job in group}:
         return replace(stop, why=f"{GONE}: {min(gone)}")
-    if ended and not (first and has_trained(seen.live(first))):
+    if ended and not has_trained(told):
         job = ended[0]
         return replace(stop, why=f"node {job.node + 1} of {stage.parallel.nodes} has {job.state.value}")
-    return _about_missing_nodes(plan, stage, group, claim, now, limits)
+    return None if has_met(told) else _about_missing_nodes(plan, stage, group, claim, now, limits)
 
 
 def _about_missing_nodes(
