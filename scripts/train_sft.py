@@ -1110,10 +1110,10 @@ def launch(run: dict, base: Path, started: float) -> None:
     request.write_text(json.dumps(run | {"launched": known}), encoding="utf-8")
     os.environ["JOB_ID"] = JOB_ID  # the fence knows this job by it
     count = per_node(run)
-    quiet = ",".join(f"{number}:3" for number in range(1, count))
+    quiet = ",".join(f"{number}:3" for number in range(1, count)) or "0"
     options = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={count}", f"--redirects={quiet}"]
     options += [f"--log-dir={processes_folder(run)}", __file__, str(request)]
-    emit("phase", name="launch", detail=f"{count} processes{node_words(run)}")
+    emit("phase", name="launch", detail=f"{count} process{'es' * (count > 1)}{node_words(run)}")
     try:
         launcher.run(launcher.parse_args(options))
     except SignalException:
