@@ -277,7 +277,8 @@ def _about_live_nodes(
         return replace(stop, why=f"{GONE}: {min(gone)}")
     if ended and not has_trained(told):
         job = ended[0]
-        return replace(stop, why=f"node {job.node + 1} of {stage.parallel.nodes} has {job.state.value}")
+        how = "has failed" if job.state is JobState.FAILED else "was stopped"
+        return replace(stop, why=f"node {job.node + 1} of {stage.parallel.nodes} {how}")
     return None if has_met(told) else _about_missing_nodes(plan, stage, group, claim, now, limits)
 
 

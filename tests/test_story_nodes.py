@@ -1,4 +1,4 @@
-"""Two loopback jobs train together as two nodes: the controller starts, prices, ends and resumes them as one attempt."""
+"""Two loopback jobs train as two nodes: started, billed, ended and resumed as one attempt."""
 
 import json
 import time
