@@ -146,13 +146,12 @@ def _carry_out(world: World, book: Book, look: _Look, allowance: _Allowance, dry
     seen = look.seen
     match action:
         case Wait(why):
-            job = next((job for job in seen.jobs if job.is_live), None)
-            if job is None:
+            jobs = sorted((job for job in seen.jobs if job.is_live), key=lambda job: job.node)
+            if not jobs:
                 return _report(look, Outcome.WAITING, why)
-            job = min((job for job in seen.jobs if job.is_live), key=lambda job: job.node)  # the first node tells most
-            live = seen.live(job)
-            usd = so_far_usd(seen, look.at)
-            return _report(look, Outcome.WAITING, why, stage=job.stage, job=job.id, live=live, usd=usd)
+            job, more = jobs[0], tuple(job.id for job in jobs[1:])  # the first node tells most
+            told: dict[str, Any] = {"live": seen.live(job), "usd": so_far_usd(seen, look.at), "more_jobs": more}
+            return _report(look, Outcome.WAITING, why, stage=job.stage, job=job.id, **told)
         case StopNodes(stage, attempt, jobs, why):
             if not dry_run:
                 repo, folder = plan.repo(stage), stage_folder(plan.run_id, stage)

@@ -87,7 +87,7 @@ def test_whatever_fails_no_run_is_lost_and_none_is_paid_twice(seed: int, faults:
             assert len(sim.trainings()) == 1
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(seed=st.integers(0, 2**32), faults=faults, controllers=st.sampled_from([1, 1, 2, 4]))
 def test_whatever_fails_two_nodes_are_one_attempt(seed: int, faults: Faults, controllers: int) -> None:
     """One job passes for each node of an attempt, one attempt trains at a time, and every run ends and is told."""
@@ -103,7 +103,7 @@ def test_whatever_fails_two_nodes_are_one_attempt(seed: int, faults: Faults, con
             assert len(sim.trainings()) == 1
 
 
-@pytest.mark.parametrize("block", range(4))
+@pytest.mark.parametrize("block", range(2))
 def test_a_whole_repository_whose_trainings_are_on_two_or_three_nodes(block: int) -> None:
     for seed in range(20 * block, 20 * block + 20):
         history = make_history(seed, nodes=2 + seed % 2)
