@@ -35,6 +35,7 @@ AREAS |= {
     "REL": "release",
     "DAT": "data",
     "MLX": "training on a Mac",
+    "NOD": "training on several machines",
 }
 
 
