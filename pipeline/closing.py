@@ -7,11 +7,11 @@ from typing import Any
 
 from pipeline.book import Book, Closed, Verdict, finish_message
 from pipeline.hub_facts import Access, HubError
-from pipeline.launch import cancel_jobs, close_fence
 from pipeline.loss_chart import read_curve, thinned
 from pipeline.plan import Plan, StageName
 from pipeline.reconcile import Seen, spent_usd
 from pipeline.remote import JobState, Remote, SeenJob, StageView, stage_folder
+from pipeline.stopping import cancel_jobs, close_fence
 from pipeline.world import World
 
 

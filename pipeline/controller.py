@@ -17,11 +17,12 @@ from pipeline.closing import close_run, end_run, finish_tag, look_closely, shut_
 from pipeline.errors import UserError
 from pipeline.gather import chosen_runs, live_jobs, live_logs
 from pipeline.hub_facts import Access, HubError
-from pipeline.launch import Elsewhere, Submitted, Unanswered, end_attempt, submit_stage
+from pipeline.launch import Elsewhere, Submitted, Unanswered, submit_stage
 from pipeline.nodes import is_whole
 from pipeline.plan import Plan
 from pipeline.reconcile import Ask, Finish, GiveUp, Seen, StopNodes, Submit, Wait, decide, so_far_usd
 from pipeline.remote import SeenJob, stage_folder
+from pipeline.stopping import end_attempt
 from pipeline.world import Outcome, Report, Wanted, World
 
 

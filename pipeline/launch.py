@@ -1,11 +1,11 @@
-"""Submit a stage exactly once, and end a run for good: the protocol of claim, post and fence.
+"""Submit a stage exactly once: the protocol of claim, post and fence. What stops it again is in stopping.py.
 
 Jobs have no idempotency key, and a post may work though its answer is an error. So a submit is first a claim, a commit
 that only one can make (compare-and-swap on the head), and every job's first act is to pass the fence, another commit
 that only one can make. Whoever is killed between two steps leaves a claim that the next tick reads.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -17,20 +17,17 @@ from pipeline.reconcile import Limits
 from pipeline.remote import (
     CLAIM,
     NOBODY,
-    WINNER,
     Claim,
     Clock,
     JobSpec,
     Remote,
     StageView,
     Winner,
-    as_json,
     stage_folder,
 )
+from pipeline.stopping import CAS_TRIES, cancel_jobs
 
 MOUNT = "/mergetune"
-CAS_TRIES = 8  # a head that moves more often than this in a row is not moved by us
-CANCEL_ROUNDS = 5
 SETTLE_S = 20.0  # what a listing may need to show a job whose post got no answer; doubled each time
 
 
@@ -128,79 +125,6 @@ def submit_stage(remote: Remote, clock: Clock, order: Order, limits: Limits) -> 
         order = replace(order, nodes=order.nodes[len(job_ids) :])
         view = remote.view(order.repo, order.folder)
     return Unanswered("the Hub answered every submit with an error, and no job of them is to be seen")
-
-
-def end_attempt(remote: Remote, repo: str, folder: str, attempt: int, jobs: Collection[str], why: str) -> None:
-    """Stop the nodes of an attempt that cannot go on, after saying in its claim that we do it and why.
-
-    Without that note their end would look like a person's wish, and nothing would be tried again. Only the jobs that
-    were seen are stopped: a later attempt may have begun since.
-
-    Raises:
-        HubError: it could not be noted, or a job not be cancelled.
-    """
-    for _ in range(CAS_TRIES):
-        view = remote.view(repo, folder)
-        if view.head is None or view.claim is None or view.claim.attempt < attempt:
-            return  # the world has moved: the next tick looks again
-        if view.claim.ended or view.claim.attempt > attempt:  # of an earlier attempt nothing is judged any more
-            break
-        try:
-            ended = replace(view.claim, ended=why)
-            remote.commit(repo, view.head, f"End attempt {attempt}: {why}", {f"{folder}/{CLAIM}": ended.as_bytes()})
-            break
-        except HubError as error:
-            if error.access not in (Access.MOVED, Access.UNREACHABLE):
-                raise
-    else:
-        raise HubError(Access.UNREACHABLE, f"the end of attempt {attempt} could not be noted in `{repo}`")
-    for job_id in jobs:
-        remote.cancel(repo.split("/")[0], job_id)
-
-
-def close_fence(remote: Remote, repo: str, folder: str, last: int | None = None) -> StageView:
-    """Let no job of any attempt so far pass: the one that was submitted a moment ago finds the fence shut.
-
-    `last` is the latest attempt it is meant for: when a later one was submitted meanwhile, nothing is shut.
-
-    Raises:
-        HubError: it could not be closed.
-    """
-    for _ in range(CAS_TRIES):
-        view = remote.view(repo, folder)
-        if view.head is None or view.attempt == 0:
-            return view  # nothing was ever submitted here
-        if last is not None and view.attempt > last:
-            return view
-        if view.winner and (view.winner.attempt, view.winner.job_id) == (view.attempt, NOBODY):
-            return view
-        shut = as_json({"attempt": view.attempt, "job_id": NOBODY})
-        try:
-            remote.commit(repo, view.head, "Stop this stage: no job passes", {f"{folder}/{WINNER}": shut})
-        except HubError as error:
-            if error.access not in (Access.MOVED, Access.UNREACHABLE):
-                raise
-    raise HubError(Access.UNREACHABLE, f"the fence of `{repo}` could not be closed")
-
-
-def cancel_jobs(remote: Remote, clock: Clock, namespace: str, labels: Mapping[str, str], known: set[str]) -> set[str]:
-    """Cancel until no job with these labels is live; returns the ids. A listing may not show `known` ones yet.
-
-    Raises:
-        HubError: a job could not be cancelled.
-    """
-    ended: set[str] = set()
-    for _ in range(CANCEL_ROUNDS):
-        live = {job.id for job in remote.jobs(namespace, labels, live=True)}
-        unlisted = (remote.inspect(namespace, job_id) for job_id in sorted(known - live))
-        live |= {job.id for job in unlisted if job and job.is_live}
-        if not live:
-            return ended
-        for job_id in sorted(live):
-            remote.cancel(namespace, job_id)
-        ended |= live
-        clock.sleep(2)
-    raise HubError(Access.REFUSED, f"{len(live)} jobs were asked to stop and still run: {', '.join(sorted(live))}")
 
 
 def open_repo(remote: Remote, order: Order) -> StageView:

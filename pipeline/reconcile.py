@@ -40,19 +40,19 @@ no longer count.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from pipeline.cost import billed_usd
 from pipeline.curve_notes import find_waste
 from pipeline.diagnose import Diagnosis, diagnose, diagnose_message
 from pipeline.flavors import FLAVORS
 from pipeline.live import Live, read_live
-from pipeline.nodes import ended_nodes, has_met, has_trained, missing_nodes, most_telling
+from pipeline.nodes import GONE, Group, group_of, has_met, most_telling
 from pipeline.plan import Plan, Stage, StageName
 from pipeline.remedy import remedy
-from pipeline.remote import NOBODY, Claim, JobState, SeenJob, StageView, Winner
+from pipeline.remote import NOBODY, JobState, SeenJob, StageView, Winner
 from pipeline.settings import Stop
 
-GONE = "the job is not known to the server any more"
 CENT = 0.01
 
 
@@ -201,10 +201,11 @@ def _about_stage(plan: Plan, stage: Stage, seen: Seen, now: float, limits: Limit
         return Submit(stage, closed + 1, "asked for by a retry" if closed else "first attempt")
     if view.winner == Winner(attempt, NOBODY):
         return _cancelled(plan, stage, "it was cancelled")
-    group = [job for job in jobs if job.attempt == attempt]
-    job = _job_of(view, group)
-    if job is not None and stage.parallel.nodes > 1 and not _has_succeeded(view, group):
-        return _about_ended_nodes(plan, stage, seen, group, attempt - closed, now, limits)
+    job = _job_of(view, [job for job in jobs if job.attempt == attempt])
+    if job is not None and stage.parallel.nodes > 1:
+        group = group_of(stage, view, jobs, attempt)
+        if not group.has_succeeded:
+            return _about_ended_nodes(plan, stage, seen, group, attempt - closed, now, limits)
     if job is None:
         return _about_no_job(plan, stage, view, attempt, attempt - closed, now, limits)
     match job.state:
@@ -260,36 +261,25 @@ def _about_live_nodes(
 ) -> Action | None:
     """What an attempt needs of which some nodes are live; None when it is on its way."""
     attempt, view = max(job.attempt for job in live), seen.views.get(stage.name, StageView())
-    group = [job for job in seen.jobs if (job.stage, job.attempt) == (stage.name, attempt)]
-    claim = view.claim if view.claim and view.claim.attempt == attempt else None
-    stop = StopNodes(stage.name, attempt, tuple(job.id for job in live), "")
-    first = _job_of(view, [job for job in group if job.node == 0])
-    told = seen.live(first) if first and first.is_live else None
-    if stage.name in seen.done(plan) or _has_succeeded(view, group):
+    group = group_of(stage, view, seen.jobs, attempt)
+    first, stop = group.first, partial(StopNodes, stage.name, attempt, tuple(job.id for job in live))
+    if stage.name in seen.done(plan) or group.has_succeeded:
         is_late = first and first.finished_at and now - first.finished_at > limits.lag_s
-        return replace(stop, why="the first node has ended") if is_late else None
-    if claim and claim.ended:
-        return replace(stop, why=claim.ended)
-    ended = ended_nodes(group)
-    if stopped := _stopped(ended, claim):
+        return stop("the first node has ended") if is_late else None
+    if stopped := group.stopped():
         return _cancelled(plan, stage, *stopped)
-    if gone := set(claim.job_ids if claim else ()) - {job.id for job in group}:
-        return replace(stop, why=f"{GONE}: {min(gone)}")
-    if ended and not has_trained(told):
-        job = ended[0]
-        how = "has failed" if job.state is JobState.FAILED else "was stopped"
-        return replace(stop, why=f"node {job.node + 1} of {stage.parallel.nodes} {how}")
-    return None if has_met(told) else _about_missing_nodes(plan, stage, group, claim, now, limits)
+    told = seen.live(first) if first and first.is_live else None
+    if why := group.why_to_stop(told):
+        return stop(why)
+    return None if has_met(told) else _about_missing_nodes(plan, stage, group, now, limits)
 
 
-def _about_missing_nodes(
-    plan: Plan, stage: Stage, group: list[SeenJob], claim: Claim | None, now: float, limits: Limits
-) -> Action | None:
-    missing = missing_nodes(group, stage.parallel.nodes)
+def _about_missing_nodes(plan: Plan, stage: Stage, group: Group, now: float, limits: Limits) -> Action | None:
+    missing, claim = group.missing, group.claim
     if not missing or claim is None:
         return None
     if claim.at - now > limits.lease_s or claim.posts >= limits.posts:
-        why = f"no job of node {missing[0] + 1} of {stage.parallel.nodes} can be found after {claim.posts} submits"
+        why = f"no job of node {missing[0] + 1} of {group.nodes} can be found after {claim.posts} submits"
         return GiveUp(stage.name, why, f"look at the jobs page, then `mergetune retry {plan.experiment.name}`")
     if now - claim.at < limits.lease_s:
         return Wait(f"{stage.name} is being submitted elsewhere")
@@ -297,39 +287,19 @@ def _about_missing_nodes(
 
 
 def _about_ended_nodes(
-    plan: Plan, stage: Stage, seen: Seen, group: list[SeenJob], tried: int, now: float, limits: Limits
+    plan: Plan, stage: Stage, seen: Seen, group: Group, tried: int, now: float, limits: Limits
 ) -> Action:
     """An attempt of which no node is live and whose first has not succeeded: of the most telling failure."""
-    attempt, view = group[0].attempt, seen.views.get(stage.name, StageView())
-    claim = view.claim if view.claim and view.claim.attempt == attempt else None
-    if stopped := _stopped(group, claim):
+    if stopped := group.stopped():
         return _cancelled(plan, stage, *stopped)
-    found = [(job, _diagnosed(plan, stage, seen, job)) for job in group if job.state is JobState.FAILED]
-    told = [(job, diagnose_message(job.message)) for job in group if job.state is JobState.CANCELLED]
+    found = [(job, _diagnosed(plan, stage, seen, job)) for job in group.jobs if job.state is JobState.FAILED]
+    told = [(job, diagnose_message(job.message)) for job in group.jobs if job.state is JobState.CANCELLED]
     found += [(job, said) for job, said in told if said]
-    gone = set(claim.job_ids if claim else ()) - {job.id for job in group}
-    why = GONE if gone else claim.ended if claim else ""
+    why = group.why_ended()
     cause = most_telling(found) or (Diagnosis(why, "", True, "") if why else None)
     if cause is not None:
-        return _about_failure(plan, stage, cause, attempt, tried, limits)
-    return _about_success(stage, max(group, key=lambda job: job.finished_at or job.created_at), now, limits)
-
-
-def _has_succeeded(view: StageView, group: list[SeenJob]) -> bool:
-    """Whether the first node did all of its work: what a later one failed of does not matter then."""
-    won = view.winner.job_id if view.winner else ""
-    return any(job.id == won and job.state is JobState.SUCCEEDED for job in group)
-
-
-def _stopped(jobs: list[SeenJob], claim: Claim | None) -> tuple[str, Diagnosis | None] | None:
-    """Why these must not be bought again: one was cancelled, not by us and not by a lost machine."""
-    if claim and claim.ended:
-        return None
-    for job in jobs:
-        said = diagnose_message(job.message) if job.state is JobState.CANCELLED else None
-        if job.state is JobState.CANCELLED and not (said and said.transient):
-            return said.cause if said else "it was cancelled", said
-    return None
+        return _about_failure(plan, stage, cause, group.jobs[0].attempt, tried, limits)
+    return _about_success(stage, max(group.jobs, key=lambda job: job.finished_at or job.created_at), now, limits)
 
 
 def _job_of(view: StageView, jobs: list[SeenJob]) -> SeenJob | None:

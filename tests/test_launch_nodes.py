@@ -9,10 +9,11 @@ from simulation import DOWN, JOIN_S, LOST, Killed, SimRemote, SimWorld
 from pipeline.book import Verdict
 from pipeline.controller import tick
 from pipeline.hub_facts import Access, HubError
-from pipeline.launch import Outcome, Submitted, Unanswered, end_attempt, submit_stage
+from pipeline.launch import Outcome, Submitted, Unanswered, submit_stage
 from pipeline.plan import StageName
 from pipeline.reconcile import Seen, Submit
 from pipeline.remote import CLAIM, JobState, stage_folder
+from pipeline.stopping import end_attempt
 from pipeline.tree import make_order
 from pipeline.world import Report
 
