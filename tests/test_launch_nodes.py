@@ -9,7 +9,7 @@ from simulation import DOWN, JOIN_S, LOST, Killed, SimRemote, SimWorld
 from pipeline.book import Verdict
 from pipeline.controller import tick
 from pipeline.hub_facts import Access, HubError
-from pipeline.launch import Outcome, Submitted, Unanswered, submit_stage
+from pipeline.launch import Elsewhere, Outcome, Submitted, Unanswered, submit_stage
 from pipeline.plan import StageName
 from pipeline.reconcile import Seen, Submit
 from pipeline.remote import CLAIM, JobState, stage_folder
@@ -248,3 +248,44 @@ def test_a_run_that_was_given_up_lets_no_node_begin_later() -> None:
     sim.job_list[1].state = JobState.QUEUED
     sim.advance(90_000)
     assert sim.job_list[1].passed_at is None
+
+
+def test_a_node_that_nobody_could_find_does_not_begin_in_a_run_that_was_given_up() -> None:
+    """Its job is not there when the other one's failure closes the run, and comes afterwards."""
+    sim = start(queue_s=0)
+    ticked(sim)
+    first, late = sim.job_list
+    sim.advance(200)
+    sim.job_list.remove(late)
+    first.state, first.finished_at = JobState.FAILED, sim.time  # `bad data`: no retry passes
+    assert ticked(sim).outcome == "failed"
+    late.state, late.passed_at, late.began_at = JobState.QUEUED, None, None
+    del sim.repos[REPO][-1][f"{FOLDER}/winner-1.json"]
+    sim.job_list.append(late)
+    sim.advance(4000)
+    assert (late.passed_at, late.message) == (None, "superseded")
+
+
+def test_the_files_of_an_attempt_under_way_stay_what_its_nodes_mount() -> None:
+    sim = start(queue_s=10_000, queue_least_s=5000)
+    killed_before_post(sim, 2)
+    sim.advance(LIMITS.lease_s)
+    remote = SimRemote(sim)
+    before = sim.files(REPO)[f"{FOLDER}/run.json"]
+    seen = Seen(jobs=remote.jobs("acme", {"run": TWO.run_id}, live=True))
+    order = make_order(ROOT, remote, LABEL, {"commit": "f" * 40}, TWO, Submit(TWO.stages[0], 1, nodes=(1,)), seen)
+    assert order.files["run.json"] != before
+    assert submit_stage(remote, remote.clock, order, LIMITS) == Submitted("job1")
+    assert sim.files(REPO)[f"{FOLDER}/run.json"] == before
+
+
+def test_an_attempt_that_was_ended_gets_no_more_nodes() -> None:
+    """Between look and act another controller has found a reason to end it."""
+    sim = start(queue_s=10_000, queue_least_s=5000)
+    killed_before_post(sim, 2)
+    sim.advance(LIMITS.lease_s)
+    remote = SimRemote(sim)
+    end_attempt(remote, REPO, FOLDER, 1, ["job0"], "node 1 of 2 has failed")
+    order = make_order(ROOT, remote, LABEL, {}, TWO, Submit(TWO.stages[0], 1, nodes=(1,)), Seen())
+    assert isinstance(submit_stage(remote, remote.clock, order, LIMITS), Elsewhere)
+    assert len(sim.job_list) == 1
