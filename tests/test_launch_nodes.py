@@ -13,7 +13,7 @@ from pipeline.launch import Elsewhere, Outcome, Submitted, Unanswered, submit_st
 from pipeline.plan import StageName
 from pipeline.reconcile import Seen, Submit
 from pipeline.remote import CLAIM, JobState, stage_folder
-from pipeline.stopping import end_attempt
+from pipeline.stopping import close_fence, end_attempt
 from pipeline.tree import make_order
 from pipeline.world import Report
 
@@ -279,13 +279,17 @@ def test_the_files_of_an_attempt_under_way_stay_what_its_nodes_mount() -> None:
     assert sim.files(REPO)[f"{FOLDER}/run.json"] == before
 
 
-def test_an_attempt_that_was_ended_gets_no_more_nodes() -> None:
-    """Between look and act another controller has found a reason to end it."""
+@pytest.mark.parametrize("shut", [False, True])
+def test_an_attempt_that_was_ended_gets_no_more_nodes(shut: bool) -> None:
+    """Between look and act another controller has found a reason to end it, or a person has stopped the run."""
     sim = start(queue_s=10_000, queue_least_s=5000)
     killed_before_post(sim, 2)
     sim.advance(LIMITS.lease_s)
     remote = SimRemote(sim)
-    end_attempt(remote, REPO, FOLDER, 1, ["job0"], "node 1 of 2 has failed")
+    if shut:
+        close_fence(remote, REPO, FOLDER)
+    else:
+        end_attempt(remote, REPO, FOLDER, 1, ["job0"], "node 1 of 2 has failed")
     order = make_order(ROOT, remote, LABEL, {}, TWO, Submit(TWO.stages[0], 1, nodes=(1,)), Seen())
     assert isinstance(submit_stage(remote, remote.clock, order, LIMITS), Elsewhere)
     assert len(sim.job_list) == 1
