@@ -3,6 +3,7 @@
     python benchmarks/exactly_once.py --plans 2000           # the table of docs/decisions/0003-exactly-once.md
     python benchmarks/exactly_once.py --histories 3000       # whole repositories, our design alone: must all hold
     python benchmarks/exactly_once.py --histories 1 --seed 381   # one of them again
+    python benchmarks/exactly_once.py --histories 3000 --nodes 2   # the same, every training on two nodes
 
 A plan is a seed: how often calls fail or lose their answer, how late listings are, how often a controller dies or
 stands still for an hour, and how many controllers tick at once. No job of these plans fails by itself, so a second
@@ -180,11 +181,11 @@ def compare(plans: int, first: int) -> None:
         print("| " + " | ".join(row) + " |", flush=True)
 
 
-def live_histories(count: int, first: int) -> int:
+def live_histories(count: int, first: int, nodes: int) -> int:
     """Whole repositories with edits, deletions and retries; returns how many broke a promise."""
     broken, trainings, rounds, began = 0, 0, 0, time.monotonic()
     for seed in range(first, first + count):
-        history = make_history(seed)
+        history = make_history(seed, nodes)
         history.live()
         try:
             history.judge()
@@ -205,9 +206,10 @@ def main() -> int:
     parser.add_argument("--plans", type=int, default=2000, help="fault plans per design")
     parser.add_argument("--histories", type=int, default=0, help="live so many whole repositories instead")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
+    parser.add_argument("--nodes", type=int, default=1, choices=(1, 2, 3), help="of every training of a history")
     given = parser.parse_args()
     if given.histories:
-        return int(bool(live_histories(given.histories, given.seed)))
+        return int(bool(live_histories(given.histories, given.seed, given.nodes)))
     compare(given.plans, given.seed)
     return 0
 

@@ -144,11 +144,12 @@ def _tell(desk: Desk, report: Report, run: Wanted | None) -> None:
     """The comment that follows the run, and the commit status."""
     plan = _plan(run)
     origin = _origin(desk, plan, report.experiment)
-    job = _job(desk, run, report)
+    job, *others = (_job(desk, run, job_id) for job_id in (report.job, *report.more_jobs))
     url = job.url if job else ""
     # An ended older version speaks only in its final comment: the comment that is followed is the new version's.
     if origin.pull and report.outcome is not Outcome.SUPERSEDED:
-        view = _view(report, plan, job)
+        nodes = tuple(other.url for other in others if other)
+        view = replace(_view(report, plan, job), node_urls=nodes)
         desk.github.sticky_comment(origin.pull.number, run_key(report.experiment), run_comment(view))
     state = STATES.get(report.outcome)
     commit = origin.pull.merge_sha if origin.pull else origin.commit
@@ -235,11 +236,11 @@ def _origin(desk: Desk, plan: Plan | None, name: str) -> Origin:
     return desk.origins.of_plan(plan) if plan else desk.origins.of((path_of(name),))
 
 
-def _job(desk: Desk, run: Wanted | None, report: Report) -> SeenJob | None:
-    if run is None or not report.job:
+def _job(desk: Desk, run: Wanted | None, job_id: str) -> SeenJob | None:
+    if run is None or not job_id:
         return None
     try:
-        return desk.world.remote.inspect(run.namespace, report.job)
+        return desk.world.remote.inspect(run.namespace, job_id)
     except HubError:
         return None
 

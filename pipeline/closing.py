@@ -7,11 +7,11 @@ from typing import Any
 
 from pipeline.book import Book, Closed, Verdict, finish_message
 from pipeline.hub_facts import Access, HubError
-from pipeline.launch import cancel_jobs, close_fence
 from pipeline.loss_chart import read_curve, thinned
 from pipeline.plan import Plan, StageName
 from pipeline.reconcile import Seen, spent_usd
 from pipeline.remote import JobState, Remote, SeenJob, StageView, stage_folder
+from pipeline.stopping import cancel_jobs, close_fence
 from pipeline.sweep_sections import winner_words
 from pipeline.world import World
 
@@ -119,7 +119,8 @@ def end_run(world: World, run_id: str, stages: set[tuple[str, StageName]], live:
 def shut_late_jobs_out(remote: Remote, plan: Plan, stage: StageName, seen: Seen) -> None:
     """After a run was given up: a job that nobody could find must not begin its work in a closed run."""
     view = seen.views.get(stage, StageView())
-    if view.attempt and (view.winner is None or view.winner.attempt < view.attempt):
+    several = any(one.name is stage and one.parallel.nodes > 1 for one in plan.stages)  # one may have passed alone
+    if view.attempt and (several or view.winner is None or view.winner.attempt < view.attempt):
         with suppress(HubError):  # where it stays open, a tick cancels the job when it sees it
             close_fence(remote, plan.repo(stage), stage_folder(plan.run_id, stage), view.attempt)
 
@@ -138,8 +139,10 @@ def look_closely(remote: Remote, plan: Plan, label: str) -> Seen:
         return Seen(views, tuple(jobs.values()), remote.logs(namespace, [job.id for job in live]))
     failed = [job for job in jobs.values() if job.state is JobState.FAILED]
     last = max(failed, key=lambda job: (job.attempt, job.created_at), default=None)
-    logs = {last.id: _log(remote, namespace, last.id)} if last else {}
-    return Seen(views, tuple(jobs.values()), logs)
+    told = [job for job in failed if last and (job.stage, job.attempt) == (last.stage, last.attempt)]
+    # Of an attempt on several nodes each has failed in its own way; otherwise a second job left at the fence.
+    told = told if any(job.node for job in told) else [last] if last else []
+    return Seen(views, tuple(jobs.values()), {job.id: _log(remote, namespace, job.id) for job in told})
 
 
 def _log(remote: Remote, namespace: str, job_id: str) -> str:

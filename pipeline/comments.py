@@ -41,6 +41,7 @@ class RunView:
     text: str = ""
     hint: str = ""
     job_url: str = ""
+    node_urls: tuple[str, ...] = ()  # of the other nodes' jobs
     live: bool = True
     job: Live | None = None
     usd: float | None = None
@@ -53,10 +54,17 @@ def run_key(name: str) -> str:
     return f"run:{name}"
 
 
+def _job_links(view: RunView) -> str:
+    """The job, and where there are several nodes each of them by its number."""
+    words = ["log and machine of the job", *(f"of node {n}" for n in range(2, len(view.node_urls) + 2))]
+    links = zip(words, (view.job_url, *view.node_urls), strict=True)
+    return " · ".join(f"[{word}]({url})" for word, url in links if re.fullmatch(r"https?://[^\s()<>]+", url))
+
+
 def run_comment(view: RunView) -> str:
     """The comment that is edited while a run goes on. It names no moment: it changes when the run does."""
     strip = " → ".join(f"{STRIP[word]} {stage}" for stage, word in view.stages)
-    link = f"[log and machine of the job]({view.job_url})" if re.fullmatch(r"https?://[^\s()<>]+", view.job_url) else ""
+    link = _job_links(view)
     parts = [
         f"{marker_of(run_key(view.name))} -->",
         f"### {code(view.name)} {view.headline}",

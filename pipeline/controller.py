@@ -18,9 +18,11 @@ from pipeline.errors import UserError
 from pipeline.gather import chosen_runs, live_jobs, live_logs
 from pipeline.hub_facts import Access, HubError
 from pipeline.launch import Elsewhere, Submitted, Unanswered, submit_stage
+from pipeline.nodes import is_whole
 from pipeline.plan import Plan
-from pipeline.reconcile import Ask, Finish, GiveUp, Seen, Submit, Wait, decide, so_far_usd
-from pipeline.remote import SeenJob
+from pipeline.reconcile import Ask, Finish, GiveUp, Seen, StopNodes, Submit, Wait, decide, so_far_usd
+from pipeline.remote import SeenJob, stage_folder
+from pipeline.stopping import end_attempt
 from pipeline.world import Outcome, Report, Wanted, World
 
 
@@ -66,12 +68,17 @@ def _later(run: Wanted) -> Report:
 
 
 def _look(world: World, run: Wanted, live: Seen, refused: HubError | None) -> _Look | Report:
-    """What there is to know of an open run, or why it is not known. A live job says enough: nothing else is asked."""
+    """What there is to know of an open run, or why it is not known.
+
+    A live job says enough, and so do all nodes of an attempt that are live: nothing else is asked.
+    """
     try:
         if refused:
             raise refused
         plan, at = run.plan(), world.clock.now()
-        return _Look(run, plan, live if live.jobs else look_closely(world.remote, plan, world.label), at)
+        nodes = next((s.parallel.nodes for s in plan.stages if live.jobs and s.name is live.jobs[0].stage), 1)
+        is_enough = live.jobs and (nodes == 1 or is_whole(live.jobs, nodes))
+        return _Look(run, plan, live if is_enough else look_closely(world.remote, plan, world.label), at)
     except UserError as error:
         return Report(run.name, run.run_id, Outcome.BLOCKED, error.message, error.hint)
     except HubError as error:
@@ -140,12 +147,17 @@ def _carry_out(world: World, book: Book, look: _Look, allowance: _Allowance, dry
     seen = look.seen
     match action:
         case Wait(why):
-            job = next((job for job in seen.jobs if job.is_live), None)
-            if job is None:
+            jobs = sorted((job for job in seen.jobs if job.is_live), key=lambda job: job.node)
+            if not jobs:
                 return _report(look, Outcome.WAITING, why)
-            live = seen.live(job)
-            usd = so_far_usd(job, live, look.at)
-            return _report(look, Outcome.WAITING, why, stage=job.stage, job=job.id, live=live, usd=usd)
+            job, more = jobs[0], tuple(job.id for job in jobs[1:])  # the first node tells most
+            told: dict[str, Any] = {"live": seen.live(job), "usd": so_far_usd(seen, look.at), "more_jobs": more}
+            return _report(look, Outcome.WAITING, why, stage=job.stage, job=job.id, **told)
+        case StopNodes(stage, attempt, jobs, why):
+            if not dry_run:
+                repo, folder = plan.repo(stage), stage_folder(plan.run_id, stage)
+                end_attempt(world.remote, repo, folder, attempt, jobs, why)
+            return _report(look, Outcome.WAITING, f"{stage}: {why}: the other nodes are stopped", stage=stage)
         case Ask(stage, why, hint):
             return _report(look, Outcome.YOURS, f"{stage} {why}", hint, stage=stage)
         case Submit():

@@ -40,6 +40,9 @@ SEVERAL = 0.8
 # Half of it is taken to be reached.
 LINK_GB_PER_S = {"A100": 300, "H200": 450, "RTX PRO 6000": 64, "L4": 32, "A10G": 32, "L40S": 32}
 LINK_REACHED = 0.5
+# Nobody says what lies between the machines of two jobs: 25 Gbit/s, the least that clouds sell with such GPUs. All GPUs
+# of a machine share it, and reach all of it.
+NODES_GB_PER_S = 25 / 8
 DOWNLOAD_BYTES_PER_S = 200e6  # from the Hub into a job, loading included
 CORRECTION_LIMITS = (0.2, 5.0)
 
@@ -75,7 +78,7 @@ def estimate_train_seconds(
     each = _micro_batch_seconds(train, shape, length, flavor)
     if parallel.gpus > 1:
         each = max(each, _link_seconds(train.method, shape, flavor, parallel)) / (parallel.gpus * SEVERAL)
-    ratio = correction(finished, "train", train.method, gpus_of(flavor))
+    ratio = correction(finished, "train", train.method, gpus_of(flavor, train.nodes))
     return batches * each * (ratio or 1.0)
 
 
@@ -98,13 +101,14 @@ def estimate_cost(
     """Price of one stage: expected from `seconds` of work, worst case from its timeout.
 
     `CONTAINER_START_S` covers the image pull and the install of the script's dependencies, `setup_s` what the stage
-    does before its work.
+    does before its work. Every node of `parallel` is paid for.
     """
     needed = None if seconds is None else seconds + setup_s + CONTAINER_START_S
     total = None if needed is None else min(needed, timeout_s)
-    expected = None if total is None else billed_usd(total, flavor)
+    nodes = parallel.nodes
+    expected = None if total is None else nodes * billed_usd(total, flavor)
     band = CORRECTED_BAND if corrected else SEVERAL_BAND if parallel.gpus > 1 else BAND
-    return CostEstimate(total, timeout_s, expected, billed_usd(timeout_s, flavor), band, needed)
+    return CostEstimate(total, timeout_s, expected, nodes * billed_usd(timeout_s, flavor), band, needed)
 
 
 def setup_seconds(shape: ModelShape) -> float:
@@ -129,12 +133,15 @@ def finished_run(manifest: Mapping[str, Any]) -> FinishedRun | None:
     rows = manifest.get("sweep")
     if isinstance(rows, list) and any(not isinstance(r, Mapping) or r.get("state") != "trained" for r in rows):
         return None  # fewer variants than were planned
-    return FinishedRun(str(manifest.get("stage")), str(predicted.get("method", "")), gpus_of(flavor), work, actual)
+    nodes = predicted.get("nodes", 1)
+    gpus = gpus_of(flavor, nodes if isinstance(nodes, int) else 1)
+    return FinishedRun(str(manifest.get("stage")), str(predicted.get("method", "")), gpus, work, actual)
 
 
-def gpus_of(flavor: Flavor) -> str | None:
-    """The GPUs of a flavor, `A100` or `4x A100`: what a finished run says, it says about as many of the same kind."""
-    return f"{flavor.gpus}x {flavor.gpu}" if flavor.gpus > 1 else flavor.gpu
+def gpus_of(flavor: Flavor, nodes: int = 1) -> str | None:
+    """The GPUs of a flavor, `A100`, `4x A100` or `2 nodes of 4x A100`: what a finished run says, it says of as many."""
+    gpus = f"{flavor.gpus}x {flavor.gpu}" if flavor.gpus > 1 else flavor.gpu
+    return f"{nodes} nodes of {gpus}" if nodes > 1 and gpus else gpus
 
 
 def correction(finished: Iterable[FinishedRun], stage: str, method: str, gpu: str | None) -> float | None:
@@ -215,7 +222,9 @@ def _link_seconds(method: Method, shape: ModelShape, flavor: Flavor, parallel: P
         return 0.0
     trips = 3 if method is Method.FULL else 2
     sent = trips * 2 * shape.parameters * (parallel.gpus - 1) / parallel.gpus
-    return sent / (LINK_GB_PER_S[flavor.gpu] * 1e9 * LINK_REACHED)
+    within = LINK_GB_PER_S.get(flavor.gpu, math.inf) if parallel.per_node > 1 else math.inf
+    between = NODES_GB_PER_S if parallel.nodes > 1 else math.inf
+    return sent / (min(within * LINK_REACHED, between) * 1e9)
 
 
 def billed_usd(seconds: float, flavor: Flavor) -> float:

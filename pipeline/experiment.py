@@ -27,7 +27,7 @@ from pipeline.fields import (
     required_unless,
 )
 from pipeline.sweep import Sweep
-from pipeline.train_sections import Dpo, Mlx, check_dpo
+from pipeline.train_sections import Dpo, Mlx, check_dpo, check_nodes
 
 # What the converter can write and llama.cpp can run without an importance matrix.
 QUANTS: tuple[str, ...] = (
@@ -146,6 +146,9 @@ class Train(Section):
     flavor: str = Field(
         "", validate_default=True, description="Hardware of a job, such as `a10g-large`; of MLX the chip, or nothing."
     )
+    nodes: Annotated[int, Field(ge=1, le=8), WHOLE] = Field(
+        1, description="Machines of that flavor that train together, each a job of its own: see docs/jobs.md."
+    )
     timeout: Duration | None = Field(
         None, validate_default=True, description="Hard stop: `90m`, `4h`. The worst case of the price; not with MLX."
     )
@@ -188,6 +191,8 @@ class Train(Section):
         if self.mlx is not None and self.backend is Backend.TORCH:
             raise fault("`mlx` is read by `backend: mlx` alone", "remove `mlx`, or write `backend: mlx`", "mlx")
         check_dpo(self.is_dpo, self.model_fields_set, self.dpo, self.sft)
+        if self.nodes > 1:
+            check_nodes(self.backend is Backend.MLX, self.script is not None, self.is_dpo)
         return self
 
     @property
@@ -293,6 +298,8 @@ class Experiment(Section):
             values["train"] |= {"dpo": (self.train.dpo or Dpo()).model_dump(mode="json"), "loss_on": "completion"}
         else:
             del values["train"]["dpo"]
+        if self.train.nodes == 1:
+            del values["train"]["nodes"]
         return values
 
 

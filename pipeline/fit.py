@@ -42,8 +42,8 @@ def cheapest_flavor(experiment: Experiment, shape: ModelShape) -> Flavor | None:
     need = estimate_need(replace(spec_of(experiment, shape), gpus=1), shape)
     if one := next((flavor for flavor in gpu_flavors() if need.fits(flavor)), None):
         return one
-    batches, one_only = experiment.train.gradient_accumulation, experiment.train.is_dpo
-    several = [f for f in FLAVORS.values() if f.gpus > 1 and batches % f.gpus == 0 and not one_only]
+    batches, nodes, one_only = experiment.train.gradient_accumulation, experiment.train.nodes, experiment.train.is_dpo
+    several = [f for f in FLAVORS.values() if f.gpus > 1 and batches % (f.gpus * nodes) == 0 and not one_only]
     fitting = [f for f in several if estimate_memory(experiment, shape, f).fits(f)]
     return min(fitting, key=lambda flavor: flavor.usd_per_hour, default=None)
 

@@ -61,10 +61,10 @@ def ram_gib(stage: str, experiment: Experiment, shape: ModelShape, on_gpu: bool)
         held += CUDA_HOST_GIB
     parallel = parallel_of(experiment, shape)
     if stage == "train" and on_gpu and parallel.gpus > 1:
-        held = parallel.gpus * held + LIBRARIES_GIB[stage]
+        held = parallel.per_node * held + LIBRARIES_GIB[stage]
         if parallel.sharing is Sharing.PARTS or not experiment.train.quantised:
             tensors = weights_gb(shape) * 1e9 / GIB
-        tensors *= 1 if parallel.sharing is Sharing.PARTS else parallel.gpus
+        tensors *= 1 if parallel.sharing is Sharing.PARTS else parallel.per_node
     if stage == "train" and parallel.lanes > 1:  # variants of a sweep, each in a process of its own
         held, tensors = parallel.lanes * held + LIBRARIES_GIB[stage], parallel.lanes * tensors
     return Need(held + tensors, (held + tensors) * SPARE)

@@ -30,6 +30,8 @@ def run_locally(run: local.LocalRun, display: Display) -> RunResult:
     try:
         done = local.look(run)
         if pending := run.plan.pending(done):
+            if (nodes := run.plan.stages[0].parallel.nodes) > 1 and StageName.TRAIN not in done:
+                display.say(f"train: one process here instead of {nodes} nodes: a step sees the same rows")
             with local.locked(run) as lock, interruptible():
                 done = _run_pending(run, lock, display)
         result = RunResult(run.plan, done, run.folder)

@@ -170,7 +170,7 @@ def spec_of(experiment: Experiment, shape: ModelShape) -> MemorySpec:
         dropout=lora.dropout > 0 and (not train.is_dpo or sft.get("disable_dropout") is False),
         dora=lora.dora,
         whole=tuple(lora.modules_to_save) if train.method is not Method.FULL else (),
-        gpus=flavor.gpus if flavor else 1,
+        gpus=flavor.gpus * train.nodes if flavor else 1,
     )
 
 

@@ -27,52 +27,69 @@ class Sharing(StrEnum):
 
 @dataclass(frozen=True)
 class Parallel:
-    """How many processes train, one per GPU, and what each holds; `lanes` variants of a sweep do so side by side."""
+    """How many processes train, one per GPU of all nodes together, and what each holds.
+
+    `lanes` variants of a sweep train side by side, each in a process of its own.
+    """
 
     gpus: int = 1
     sharing: Sharing = Sharing.ALONE
+    nodes: int = 1
     lanes: int = 1
 
     def request(self) -> dict[str, Any]:
         """What scripts/train_sft.py reads of it in run.json; nothing for one process."""
         if self.lanes > 1:
             return {"concurrency": self.lanes}
-        return {"processes": self.gpus, "sharded": self.sharing is Sharing.PARTS} if self.gpus > 1 else {}
+        asked = {"processes": self.gpus, "sharded": self.sharing is Sharing.PARTS} if self.gpus > 1 else {}
+        return asked | ({"nodes": self.nodes} if self.nodes > 1 else {})
+
+    @property
+    def per_node(self) -> int:
+        """The GPUs of one machine."""
+        return self.gpus // self.nodes
+
+    @property
+    def count(self) -> str:
+        """`4`, or `2 nodes × 8`."""
+        return f"{self.nodes} nodes × {self.per_node}" if self.nodes > 1 else str(self.gpus)
 
     def at_most(self, count: int) -> "Parallel":
-        """The same with no more processes than that: they run the code that all would."""
-        return replace(self, gpus=min(self.gpus, count), lanes=min(self.lanes, count))
+        """The same on one machine with no more processes than that: they run the code that all would."""
+        return replace(self, gpus=min(self.gpus, count), nodes=1, lanes=min(self.lanes, count))
 
     @property
     def words(self) -> str:
-        """` on each of 4 GPUs (DDP)`; empty for one."""
-        return f" on each of {self.gpus} GPUs ({self.sharing})" if self.gpus > 1 else ""
+        """` on each of 4 GPUs (DDP)`, ` on each of 2 nodes × 8 GPUs (FSDP2)`; empty for one."""
+        unit = "GPU" if self.nodes > 1 and self.per_node == 1 else "GPUs"
+        return f" on each of {self.count} {unit} ({self.sharing})" if self.gpus > 1 else ""
 
 
 ALONE = Parallel()
 
 
 def parallel_of(experiment: Experiment, shape: ModelShape | None, flavor: Flavor | None = None) -> Parallel:
-    """How training shares the GPUs of `flavor` (the experiment's own when not given).
+    """How training shares the GPUs of `flavor` (the experiment's own when not given), on all its nodes.
 
     Full fine-tunes are sharded, and adapters on a bf16 base that surely do not fit as copies. A 4-bit base never is:
     accelerate 1.15 leaves its uint8 weights whole on every GPU (`fsdp2_prepare_model`).
     """
     train = experiment.train
     flavor = flavor or FLAVORS.get(train.flavor)
-    if flavor is None or flavor.gpus < 2 or train.script is not None:  # a custom script's processes are its own
+    processes = max(flavor.gpus, 1) * train.nodes if flavor else 1  # nodes without a GPU have one process each
+    if flavor is None or processes < 2 or train.script is not None:  # a custom script's processes are its own
         return ALONE
     if experiment.sweep and experiment.sweep.concurrency > 1:
         return Parallel(lanes=min(experiment.sweep.concurrency, flavor.gpus))
     if train.is_dpo:  # scripts/train_sft.py refuses it: pairs that fill a batch up would count in the loss
         return ALONE
     if train.method is Method.FULL:
-        return Parallel(flavor.gpus, Sharing.PARTS)
-    if not train.quantised and shape is not None:
-        copies = estimate_need(replace(spec_of(experiment, shape), gpus=flavor.gpus), shape)
+        return Parallel(processes, Sharing.PARTS, train.nodes)
+    if not train.quantised and shape is not None and flavor.gpus:
+        copies = estimate_need(replace(spec_of(experiment, shape), gpus=processes), shape)
         if copies.fits(flavor) is not True:
-            return Parallel(flavor.gpus, Sharing.PARTS)
-    return Parallel(flavor.gpus, Sharing.COPIES)
+            return Parallel(processes, Sharing.PARTS, train.nodes)
+    return Parallel(processes, Sharing.COPIES, train.nodes)
 
 
 def estimate_memory(experiment: Experiment, shape: ModelShape, flavor: Flavor | None = None) -> MemoryEstimate:

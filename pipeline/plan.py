@@ -31,7 +31,7 @@ from pipeline.sweep_plan import VariantEstimate, affordable_seconds, estimate_va
 from pipeline.traced import TracedMemory
 
 # What a section of the file says that decides the result. Flavor, timeout, budget and names do not.
-NOT_IN_FINGERPRINT = {"flavor", "timeout", "tracking", "save_steps", "concurrency", "max_usd"}
+NOT_IN_FINGERPRINT = {"flavor", "nodes", "timeout", "tracking", "save_steps", "concurrency", "max_usd"}
 DECIDING = ("base", "data", "train", "gguf", "sweep")
 
 
@@ -70,6 +70,16 @@ class Stage:
     parallel: Parallel = ALONE
     traced: TracedMemory | None = None
     variants: tuple[VariantEstimate, ...] = ()  # of a sweep: `memory` is that of the largest, `cost` of all
+
+    @property
+    def usd_per_minute(self) -> float:
+        """The price of all its nodes together."""
+        return self.parallel.nodes * self.flavor.usd_per_minute
+
+    @property
+    def where(self) -> str:
+        """Its flavor in Markdown, and how often where there are several nodes: `2 × a100x8`."""
+        return f"{self.parallel.nodes} × `{self.flavor.name}`" if self.parallel.nodes > 1 else f"`{self.flavor.name}`"
 
 
 @dataclass(frozen=True)
@@ -234,7 +244,7 @@ def _train_stage(experiment: Experiment, facts: Facts) -> Stage:
     seconds = None
     if facts.shape and facts.dataset:
         seconds = estimate_train_seconds(experiment, facts.shape, facts.dataset, flavor, facts.finished)
-    known = correction(facts.finished, StageName.TRAIN, train.method, gpus_of(flavor)) is not None
+    known = correction(facts.finished, StageName.TRAIN, train.method, gpus_of(flavor, train.nodes)) is not None
     memory = estimate_memory(experiment, facts.shape) if facts.shape else None
     setup_s = setup_seconds(facts.shape) if facts.shape else 0.0
     parallel = parallel_of(experiment, facts.shape)

@@ -102,6 +102,7 @@ def plan_hash(plan: Plan) -> str:
             "flavor": stage.flavor.name,
             "timeout_s": stage.timeout_s,
             "worst_usd": f"{stage.cost.worst_usd:.4f}",
+            **({"nodes": stage.parallel.nodes} if stage.parallel.nodes > 1 else {}),
         }
         for stage in plan.stages
     ]

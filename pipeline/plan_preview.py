@@ -143,10 +143,23 @@ def gpus_line(plan: Plan) -> str:
         return ""
     held = "a part of the model" if parallel.sharing is Sharing.PARTS else "all of the model"
     total, share = train.gradient_accumulation, train.gradient_accumulation / parallel.gpus
-    return (
-        f"{parallel.gpus} GPUs share each step ({parallel.sharing}: each holds {held}), {share:g} of its {total} "
-        f"batches of {plural(train.batch_size, 'row')} for each: one GPU would learn the same."
+    whom = "GPU" if plan.stages[0].flavor.gpus else "machine"
+    who = plural(parallel.gpus, whom)
+    shared = (
+        f"{who} share each step ({parallel.sharing}: each holds {held}), {share:g} of its {total} "
+        f"batches of {plural(train.batch_size, 'row')} for each: one {whom} would learn the same."
     )
+    return f"{nodes_line(plan.stages[0])} {shared}".strip()
+
+
+def nodes_line(train: Stage) -> str:
+    """What several machines are and cost together; empty for one."""
+    parallel = train.parallel
+    if parallel.nodes < 2:
+        return ""
+    gpus = f" × {plural(parallel.per_node, 'GPU')}" if train.flavor.gpus else ""
+    price = f"{money(60 * train.usd_per_minute)}/h"
+    return f"{parallel.nodes} nodes{gpus} ({parallel.sharing}), {price}: a job each, one attempt together."
 
 
 def traced_line(train: Stage) -> str:
@@ -242,6 +255,7 @@ def _stage_as_dict(stage: Stage) -> dict[str, Any]:
         "memory_gib": stage.memory and round(stage.memory.total, 2),
         "memory_band": stage.memory and stage.memory.band,
         **({"gpus": stage.parallel.gpus, "sharing": stage.parallel.sharing} if stage.parallel.gpus > 1 else {}),
+        **({"nodes": stage.parallel.nodes} if stage.parallel.nodes > 1 else {}),
         "traced": stage.traced and stage.traced.as_dict(),
         **({"variants": [variant.as_dict() for variant in stage.variants]} if stage.variants else {}),
     }
@@ -249,7 +263,7 @@ def _stage_as_dict(stage: Stage) -> dict[str, Any]:
 
 def _stage_row(stage: Stage) -> tuple[str, ...]:
     costs = expected_cost(stage), money(stage.cost.worst_usd)
-    return (str(stage.name), f"`{stage.flavor.name}`", expected_time(stage), timeout_words(stage), *costs)
+    return (str(stage.name), stage.where, expected_time(stage), timeout_words(stage), *costs)
 
 
 def _fit_words(train: Stage) -> str:

@@ -133,7 +133,7 @@ def _stage_row(stage: Stage) -> tuple[str, ...]:
     times = expected_time(stage), timeout_words(stage)
     return (
         str(stage.name),
-        f"`{stage.flavor.name}`",
+        stage.where,
         _memory(stage),
         *times,
         expected_cost(stage),

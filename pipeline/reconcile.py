@@ -21,24 +21,38 @@ The states, from the last artifact that exists with this run's id:
 | the job failed or is gone, a retry may pass, money remains    | Submit the next attempt                         |
 | the job failed otherwise                                      | GiveUp with the diagnosis                       |
 
+Where the stage trains on several nodes, an attempt is live while one of them is, and one job means all of theirs:
+
+| seen of an attempt on several nodes                           | action                                          |
+|---------------------------------------------------------------|-------------------------------------------------|
+| all of them are queued, running or at their end               | as above                                        |
+| a node was never started, its claim is younger than its lease | Wait: it is in flight elsewhere                 |
+| the same, older                                               | Submit that node, until the posts are up        |
+| a person has cancelled one of them                            | GiveUp: the others are stopped with it          |
+| one has failed or is gone, others are live                    | StopNodes, unless the first is past training    |
+| the controller has said that it ends them, one is live        | StopNodes                                       |
+| none is live, one has failed                                  | as a job that failed, of the most telling cause |
+| the artifact is there, and a node lives on                    | StopNodes, after the lag window                 |
+
 A round is what lies between two finish tags: `mergetune retry` opens the next one, and the attempts of a closed round
 no longer count.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from pipeline.cost import billed_usd
 from pipeline.curve_notes import find_waste
 from pipeline.diagnose import Diagnosis, diagnose, diagnose_message
 from pipeline.flavors import FLAVORS
 from pipeline.live import Live, read_live
+from pipeline.nodes import GONE, Group, group_of, has_met, most_telling
 from pipeline.plan import Plan, Stage, StageName
 from pipeline.remedy import remedy
 from pipeline.remote import NOBODY, JobState, SeenJob, StageView, Winner
 from pipeline.settings import Stop
 
-GONE = "the job is not known to the server any more"
 CENT = 0.01
 
 
@@ -82,11 +96,22 @@ class Seen:
 
 @dataclass(frozen=True)
 class Submit:
-    """Start an attempt at a stage."""
+    """Start an attempt at a stage; `nodes` are those of an attempt under way that were never started."""
 
     stage: Stage
     attempt: int
     why: str = ""
+    nodes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class StopNodes:
+    """One node of an attempt cannot go on, so the others must not: end these jobs, then judge the attempt."""
+
+    stage: StageName
+    attempt: int
+    jobs: tuple[str, ...]
+    why: str
 
 
 @dataclass(frozen=True)
@@ -121,7 +146,7 @@ class Finish:
     """Every artifact is there."""
 
 
-Action = Submit | Wait | Ask | GiveUp | Finish
+Action = Submit | Wait | StopNodes | Ask | GiveUp | Finish
 
 
 def decide(
@@ -132,7 +157,7 @@ def decide(
     if not pending:
         return Finish()
     if live := [job for job in seen.jobs if job.is_live]:
-        return _about_live(plan, live[0], seen.live(live[0]), now, limits)
+        return _about_live(plan, seen, live, now, limits)
     if pending[0].flavor.local:
         return _about_adapter(plan, pending[0], seen)
     action = _about_stage(plan, pending[0], seen, now, limits, (closed_attempts or {}).get(pending[0].name, 0))
@@ -144,8 +169,14 @@ def spent_usd(jobs: tuple[SeenJob, ...]) -> float:
     return sum(billed_usd(job.running_s, FLAVORS[job.flavor]) for job in jobs if job.flavor in FLAVORS)
 
 
-def so_far_usd(job: SeenJob, live: Live | None, now: float) -> float | None:
-    """What a job that runs has cost until `now`; a server may tell its seconds only at the end, its log has them."""
+def so_far_usd(seen: Seen, now: float) -> float | None:
+    """What the jobs that run, one for each node, have cost until `now`; None when none runs."""
+    costs = [usd for job in seen.jobs if (usd := _job_so_far_usd(job, seen.live(job), now)) is not None]
+    return sum(costs) if costs else None
+
+
+def _job_so_far_usd(job: SeenJob, live: Live | None, now: float) -> float | None:
+    """A server may tell a job's seconds only at the end, its log has them."""
     if job.flavor not in FLAVORS or job.state is not JobState.RUNNING:
         return None
     logged_s = now - live.since if live and live.since else 0.0
@@ -171,6 +202,10 @@ def _about_stage(plan: Plan, stage: Stage, seen: Seen, now: float, limits: Limit
     if view.winner == Winner(attempt, NOBODY):
         return _cancelled(plan, stage, "it was cancelled")
     job = _job_of(view, [job for job in jobs if job.attempt == attempt])
+    if job is not None and stage.parallel.nodes > 1:
+        group = group_of(stage, view, jobs, attempt)
+        if not group.has_succeeded:
+            return _about_ended_nodes(plan, stage, seen, group, attempt - closed, now, limits)
     if job is None:
         return _about_no_job(plan, stage, view, attempt, attempt - closed, now, limits)
     match job.state:
@@ -183,10 +218,13 @@ def _about_stage(plan: Plan, stage: Stage, seen: Seen, now: float, limits: Limit
                 return _cancelled(plan, stage, said.cause if said else "it was cancelled", said)
             return _about_failure(plan, stage, said, attempt, attempt - closed, limits)
         case _:
-            log = seen.logs.get(job.id, "")
-            found = diagnose(log, job.message)
-            found = replace(found, hint=remedy(found, plan, stage, log))
-            return _about_failure(plan, stage, found, attempt, attempt - closed, limits)
+            return _about_failure(plan, stage, _diagnosed(plan, stage, seen, job), attempt, attempt - closed, limits)
+
+
+def _diagnosed(plan: Plan, stage: Stage, seen: Seen, job: SeenJob) -> Diagnosis:
+    log = seen.logs.get(job.id, "")
+    found = diagnose(log, job.message)
+    return replace(found, hint=remedy(found, plan, stage, log))
 
 
 def _within_budget(plan: Plan, submit: Submit, pending: list[Stage], seen: Seen) -> Action:
@@ -204,14 +242,64 @@ def _cancelled(plan: Plan, stage: Stage, why: str, said: Diagnosis | None = None
     return GiveUp(stage.name, why, hint or f"`mergetune retry {plan.experiment.name}` starts it again", cancelled=True)
 
 
-def _about_live(plan: Plan, job: SeenJob, live: Live | None, now: float, limits: Limits) -> Action:
-    if job.state is JobState.QUEUED and now - job.created_at > limits.queue_patience_s:
-        hours = limits.queue_patience_s / 3600
-        return GiveUp(job.stage, f"no machine came in {hours:.0f} h", f"another flavor than `{job.flavor}` may be free")
-    waste = live and find_waste(live, now, limits.idle_s, plan.experiment.train.learning_rate)
-    if waste and waste.kind in limits.early_stop:
-        return GiveUp(job.stage, f"stopped early: {waste.why}", waste.hint)
-    return Wait(f"{job.stage} is {job.state}")
+def _about_live(plan: Plan, seen: Seen, jobs: list[SeenJob], now: float, limits: Limits) -> Action:
+    for job in jobs:
+        if job.state is JobState.QUEUED and now - job.created_at > limits.queue_patience_s:
+            hours, hint = limits.queue_patience_s / 3600, f"another flavor than `{job.flavor}` may be free"
+            return GiveUp(job.stage, f"no machine came in {hours:.0f} h", hint)
+        live = seen.live(job)
+        waste = live and find_waste(live, now, limits.idle_s, plan.experiment.train.learning_rate)
+        if waste and waste.kind in limits.early_stop:
+            return GiveUp(job.stage, f"stopped early: {waste.why}", waste.hint)
+    stage = next((stage for stage in plan.stages if stage.name is jobs[0].stage), None)
+    several = stage and stage.parallel.nodes > 1 and _about_live_nodes(plan, stage, seen, jobs, now, limits)
+    return several or Wait(f"{jobs[0].stage} is {jobs[0].state}")
+
+
+def _about_live_nodes(
+    plan: Plan, stage: Stage, seen: Seen, live: list[SeenJob], now: float, limits: Limits
+) -> Action | None:
+    """What an attempt needs of which some nodes are live; None when it is on its way."""
+    attempt, view = max(job.attempt for job in live), seen.views.get(stage.name, StageView())
+    group = group_of(stage, view, seen.jobs, attempt)
+    first, stop = group.first, partial(StopNodes, stage.name, attempt, tuple(job.id for job in live))
+    if stage.name in seen.done(plan) or group.has_succeeded:
+        is_late = first and first.finished_at and now - first.finished_at > limits.lag_s
+        return stop("the first node has ended") if is_late else None
+    if stopped := group.stopped():
+        return _cancelled(plan, stage, *stopped)
+    told = seen.live(first) if first and first.is_live else None
+    if why := group.why_to_stop(told):
+        return stop(why)
+    return None if has_met(told) else _about_missing_nodes(plan, stage, group, now, limits)
+
+
+def _about_missing_nodes(plan: Plan, stage: Stage, group: Group, now: float, limits: Limits) -> Action | None:
+    missing, claim = group.missing, group.claim
+    if not missing or claim is None:
+        return None
+    if claim.at - now > limits.lease_s or claim.posts >= limits.posts:
+        why = f"no job of node {missing[0] + 1} of {group.nodes} can be found after {claim.posts} submits"
+        return GiveUp(stage.name, why, f"look at the jobs page, then `mergetune retry {plan.experiment.name}`")
+    if now - claim.at < limits.lease_s:
+        return Wait(f"{stage.name} is being submitted elsewhere")
+    return Submit(stage, claim.attempt, f"node {missing[0] + 1} was not started", missing)
+
+
+def _about_ended_nodes(
+    plan: Plan, stage: Stage, seen: Seen, group: Group, tried: int, now: float, limits: Limits
+) -> Action:
+    """An attempt of which no node is live and whose first has not succeeded: of the most telling failure."""
+    if stopped := group.stopped():
+        return _cancelled(plan, stage, *stopped)
+    found = [(job, _diagnosed(plan, stage, seen, job)) for job in group.jobs if job.state is JobState.FAILED]
+    told = [(job, diagnose_message(job.message)) for job in group.jobs if job.state is JobState.CANCELLED]
+    found += [(job, said) for job, said in told if said]
+    why = group.why_ended()
+    cause = most_telling(found) or (Diagnosis(why, "", True, "") if why else None)
+    if cause is not None:
+        return _about_failure(plan, stage, cause, group.jobs[0].attempt, tried, limits)
+    return _about_success(stage, max(group.jobs, key=lambda job: job.finished_at or job.created_at), now, limits)
 
 
 def _job_of(view: StageView, jobs: list[SeenJob]) -> SeenJob | None:

@@ -135,7 +135,7 @@ def _longer(found: Diagnosis, plan: Plan, stage: Stage, log: str) -> str:
     if pace is not None:
         edit += f" ({pace.done} of {pace.total} steps took {pace.elapsed_s / 3600:.1f} h)"
     budget = plan.experiment.budget.max_usd
-    worst = plan.worst_usd + (seconds - stage.timeout_s) / 3600 * stage.flavor.usd_per_hour
+    worst = plan.worst_usd + (seconds - stage.timeout_s) / 60 * stage.usd_per_minute
     if worst > budget:
         edit += f" and `budget.max_usd: {budget:g} → {math.ceil(worst)}`"
     return f"{edit}, then `mergetune retry {plan.experiment.name}`"

@@ -7,7 +7,7 @@
 import json
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,7 +36,10 @@ LIVE = (JobState.QUEUED, JobState.RUNNING)
 
 @dataclass(frozen=True)
 class SeenJob:
-    """One job as a listing shows it. `message` is the server's own reason; times are seconds (`created_at`: epoch)."""
+    """One job as a listing shows it. `message` is the server's own reason; times are seconds (`created_at`: epoch).
+
+    `node` is which of the machines of its attempt it is, `revision` the commit of `repo` that it mounts.
+    """
 
     id: str
     experiment: str
@@ -51,6 +54,8 @@ class SeenJob:
     finished_at: float | None = None
     message: str = ""
     url: str = ""
+    node: int = 0
+    revision: str = ""
 
     @property
     def is_live(self) -> bool:
@@ -60,17 +65,35 @@ class SeenJob:
 
 @dataclass(frozen=True)
 class Claim:
-    """`claim.json`: whose submit this is. `by` is drawn anew for every submit; `job_id` is written after it."""
+    """`claim.json`: whose submit this is. `by` is drawn anew for every submit; `job_id` is written after it.
+
+    `more_ids` are the jobs of an attempt on several nodes that were started after the first; `ended` says why the
+    controller itself ended them: without it, a job that was cancelled was cancelled by a person.
+    """
 
     attempt: int
     at: float
     by: str
     posts: int = 0
     job_id: str | None = None
+    more_ids: tuple[str, ...] = ()
+    ended: str = ""
+
+    @property
+    def job_ids(self) -> tuple[str, ...]:
+        """Every job that is named."""
+        return (*([self.job_id] if self.job_id else []), *self.more_ids)
+
+    def with_job(self, job_id: str) -> "Claim":
+        """The claim with one more job in it."""
+        if job_id in self.job_ids:
+            return self
+        return replace(self, more_ids=(*self.more_ids, job_id)) if self.job_id else replace(self, job_id=job_id)
 
     def as_bytes(self) -> bytes:
-        """The file."""
-        return as_json(vars(self))
+        """The file; of one job it is what it was before there were nodes."""
+        new = ("more_ids", "ended")
+        return as_json({key: value for key, value in vars(self).items() if value or key not in new})
 
 
 UNREADABLE = Claim(1, math.inf, "unreadable")  # a lease that never ends
@@ -105,7 +128,7 @@ class StageView:
     @property
     def job_ids(self) -> set[str]:
         """The jobs that claim and fence name."""
-        named = (self.claim and self.claim.job_id, self.winner and self.winner.job_id)
+        named = (*(self.claim.job_ids if self.claim else ()), self.winner and self.winner.job_id)
         return {job_id for job_id in named if job_id and not job_id.startswith(LOCAL)}
 
 
@@ -127,7 +150,10 @@ class Load:
 
 @dataclass(frozen=True)
 class JobSpec:
-    """One job to submit: what runs where, for how long at most, and under which labels it is found again."""
+    """One job to submit: what runs where, for how long at most, and under which labels it is found again.
+
+    Jobs of one network group reach each other, by the aliases that each of them takes.
+    """
 
     namespace: str
     flavor: str
@@ -138,6 +164,8 @@ class JobSpec:
     mount: str
     labels: Mapping[str, str]
     environment: Mapping[str, str] = field(default_factory=dict)
+    network_group: str | None = None
+    network_aliases: tuple[str, ...] = ()
 
 
 class Clock(Protocol):
@@ -247,6 +275,8 @@ def _claim(value: dict[str, Any] | None) -> Claim | None:
         return None
     try:
         claim = Claim(int(value["attempt"]), float(value["at"]), str(value["by"]), int(value["posts"]), value["job_id"])
+        more = tuple(str(job_id) for job_id in value.get("more_ids", ()))
+        claim = replace(claim, more_ids=more, ended=str(value.get("ended", "")))
     except (KeyError, TypeError, ValueError, OverflowError):
         return UNREADABLE
     return claim if math.isfinite(claim.at) else UNREADABLE

@@ -34,6 +34,7 @@ def make_run_json(
         "allocated_gib": stage.memory and stage.memory.allocated,  # what the script measures on a GPU
         "gpu": bool(stage.flavor.gpus),
     }
+    predicted |= {"nodes": stage.parallel.nodes} if stage.parallel.nodes > 1 else {}
     return {
         "schema": RUN_SCHEMA,
         "run_id": plan.run_id,

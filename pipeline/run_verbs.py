@@ -49,7 +49,7 @@ def _with_load(world: World, report: Report, run: Wanted) -> Report:
 
 
 def newest_job(world: World, name: str) -> SeenJob:
-    """The job of a run that runs, or that ran last.
+    """The job of a run that runs, or that ran last; of several nodes the first one's, which tells most.
 
     Raises:
         UserError: there is no such run, or it has no job yet.
@@ -58,7 +58,11 @@ def newest_job(world: World, name: str) -> SeenJob:
     jobs = world.remote.jobs(run.namespace, {"repo": world.label, "run": run.run_id}, live=False)
     if not jobs:
         raise UserError(f"`{run.run_id}` has no job yet", "see what it waits for: `mergetune status`")
-    return max(jobs, key=lambda job: (job.is_live, job.created_at))
+    newest = max(jobs, key=lambda job: (job.is_live, job.created_at))
+    nodes = [
+        job for job in jobs if (job.stage, job.attempt, job.is_live) == (newest.stage, newest.attempt, newest.is_live)
+    ]
+    return max(nodes, key=lambda job: (-job.node, job.created_at))
 
 
 def cancel_run(world: World, name: str) -> str:

@@ -81,7 +81,8 @@ def trace_request(experiment: Experiment, facts: Facts) -> dict[str, Any]:
         why = facts.config_fault or "is not here"
         model = experiment.base.model
         raise UserError(f"the config.json of `{model}` {why}, and a trace starts from it", "add `--online` to fetch it")
-    return {"config": dict(config), "train": heaviest(experiment, facts.shape).resolved()["train"], "gpus": flavor.gpus}
+    train = heaviest(experiment, facts.shape).resolved()["train"]
+    return {"config": dict(config), "train": train, "gpus": flavor.gpus * experiment.train.nodes}
 
 
 def _answer(request: dict[str, Any]) -> str:

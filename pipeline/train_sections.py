@@ -1,4 +1,4 @@
-"""Sections inside `train` that only some trainings have: preference tuning, MLX. Knows no other field by its value."""
+"""Sections inside `train` that only some trainings have, and what they ask of it. Knows no other field by its value."""
 
 from collections.abc import Collection, Mapping
 from enum import StrEnum
@@ -72,3 +72,13 @@ def check_dpo(chosen: bool, written: Collection[str], dpo: Dpo | None, sft: Mapp
     if dpo and dpo.loss is DpoLoss.EXO_PAIR and not sft.get("label_smoothing"):
         hint = "write `sft: {label_smoothing: 0.001}` under `train`, the paper's value"
         raise fault("`loss: exo_pair` needs `label_smoothing` above 0", hint, "dpo.loss")
+
+
+def check_nodes(is_mlx: bool, is_custom: bool, is_dpo: bool) -> None:
+    """Raise the fault of a training that names several nodes and cannot have them."""
+    if is_mlx:
+        raise fault("MLX trains on one Mac", "remove `nodes`, or write `backend: torch`", "nodes")
+    if is_custom:
+        raise fault("a custom script has one job: its machines are its own affair", "remove `nodes`", "nodes")
+    if is_dpo:
+        raise fault("`method: dpo` trains in one process", "remove `nodes`", "nodes")

@@ -90,7 +90,10 @@ def make_order(
     script = PurePosixPath(stage.script).name
     files[script] = root / stage.script
     labels = _labels(plan, stage.name, attempt, label, provenance)
-    return Order(plan, stage, attempt, secrets.token_hex(8), files, script, labels)
+    there = [job for job in seen.jobs if (job.stage, job.attempt) == (stage.name, attempt)] if submit.nodes else []
+    nodes = submit.nodes or tuple(range(stage.parallel.nodes))
+    mounted = next((job.revision for job in there if job.revision), "")
+    return Order(plan, stage, attempt, secrets.token_hex(8), files, script, labels, nodes, mounted)
 
 
 def _pins(seen: Seen) -> dict[tuple[str, str], str]:

@@ -45,6 +45,8 @@ def sweep_faults(experiment: Experiment) -> Iterator[tuple[str, str, str]]:
     if experiment.train.script is not None:
         message = "variants are trained by `scripts/train_sft.py`, and `train.script` is another one"
         yield "sweep", message, "remove `sweep`, or `script`"
+    if experiment.train.nodes > 1:
+        yield "train.nodes", "the variants of a sweep train on one machine", "remove `nodes`"
     if experiment.train.method not in ("qlora", "lora") and any(one.key == "method" for one in sweep.choices()):
         yield "train.method", "`method` varies between `qlora` and `lora` alone", "write `method: lora`"
     if held_out is None:

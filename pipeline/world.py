@@ -34,7 +34,7 @@ class Outcome(StrEnum):
 @dataclass(frozen=True)
 class Report:
     """One run's line of a tick. `job` is the one submitted or waited for, `live` what its log says, `usd` what it
-    has cost so far."""
+    has cost so far. Of several nodes it is the first one's, `more_jobs` are the others, and the cost is that of all."""
 
     experiment: str
     run_id: str
@@ -45,10 +45,11 @@ class Report:
     job: str = ""
     live: Live | None = None
     usd: float | None = None
+    more_jobs: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        said = {key: value for key, value in vars(self).items() if key != "live" and value not in ("", None)}
+        said = {key: value for key, value in vars(self).items() if key != "live" and value not in ("", None, ())}
         return {**said, "progress": self.live.as_dict()} if self.live and self.live.as_dict() else said
 
 

@@ -272,6 +272,8 @@ PUBLISH = (3600, 300)  # an hour of the machine costs less than the work that it
 HEARTBEAT_S = 60
 RSS_IN_A_GIB = 2**30 if sys.platform == "darwin" else 2**20  # `ru_maxrss` counts KiB, on a Mac bytes
 LARGE_BYTES = 1 << 20  # files from this size go one by one, so that one which has arrived does not go again
+NOBODY = "nobody"  # in place of a job that won: the stage was stopped
+NODE = int(os.environ.get("MERGETUNE_NODE") or 0)  # which machine of a training on several this is
 # Without the Hub's own id (a run by hand) every process is a job of its own.
 JOB_ID = os.environ.get("JOB_ID") or f"local-{os.getpid()}-{time.time_ns()}"
 STOPPED = threading.Event()
@@ -314,17 +316,20 @@ def begin(run: dict) -> None:
 
 
 def win_fence(run: dict) -> None:
-    """Name this job in the stage's winner.json by compare-and-swap; it is also the proof that the token can write."""
+    """Name this job in the stage's winner.json by compare-and-swap; it is also the proof that the token can write.
+
+    Every node has a file of its own. A later attempt of any node, and a fence that is shut, shut out all nodes.
+    """
     from huggingface_hub import CommitOperationAdd
 
     seen = look(run)
-    winner, finished = winner_in(run, seen), f"{stage_folder(run)}/manifest.json" in names_in(seen)
-    if finished or (winner.get("attempt", 0) >= run["attempt"] and winner.get("job_id") != JOB_ID):
+    winner, finished = winner_in(run, seen, NODE), f"{stage_folder(run)}/manifest.json" in names_in(seen)
+    if finished or is_shut_out(run, seen) or (winner.get("attempt", 0) >= run["attempt"] and not is_me(winner)):
         raise Superseded({**winner, "finished": finished})
-    if winner.get("job_id") == JOB_ID:  # this container was started again, or the answer to the commit was lost
+    if is_me(winner):  # this container was started again, or the answer to the commit was lost
         return
     mine = {"attempt": run["attempt"], "job_id": JOB_ID, "at": datetime.now(UTC).isoformat(timespec="seconds")}
-    operation = CommitOperationAdd(f"{stage_folder(run)}/winner.json", json.dumps(mine).encode())
+    operation = CommitOperationAdd(winner_path(run, NODE), json.dumps(mine).encode())
     message = f"{run['stage']} of {run['run_id']}: job {JOB_ID} starts"
     hub().create_commit(run["output"]["repo"], [operation], commit_message=message, parent_commit=seen.sha)
 
@@ -395,9 +400,28 @@ def read_at(run: dict, seen: Any, name: str) -> dict:
     return json.loads(Path(hf_hub_download(run["output"]["repo"], name, revision=seen.sha)).read_bytes())
 
 
-def winner_in(run: dict, seen: Any) -> dict:
+def winner_path(run: dict, node: int = 0) -> str:
+    """Where the job that won is named, for each node of a training on several."""
+    return f"{stage_folder(run)}/winner{f'-{node}' if node else ''}.json"
+
+
+def winner_in(run: dict, seen: Any, node: int = 0) -> dict:
     """The stage's winner.json; empty before the first job has won."""
-    return read_at(run, seen, f"{stage_folder(run)}/winner.json")
+    return read_at(run, seen, winner_path(run, node))
+
+
+def is_me(winner: dict) -> bool:
+    """Whether this job is the one that won."""
+    return winner.get("job_id") == JOB_ID
+
+
+def is_shut_out(run: dict, seen: Any) -> bool:
+    """Whether no node of this attempt may work: a later attempt has passed with any node, or the stage was stopped."""
+    first = winner_in(run, seen)
+    if first.get("job_id") == NOBODY and first.get("attempt", 0) >= run["attempt"]:
+        return True
+    paths = [name for name in names_in(seen) if name.startswith(f"{stage_folder(run)}/winner")]
+    return any(read_at(run, seen, path).get("attempt", 0) > run["attempt"] for path in paths)
 
 
 def look_as_winner(run: dict) -> Any:

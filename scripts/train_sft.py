@@ -38,6 +38,10 @@ With `sweep` in run.json (variants of `train`) it trains each in a process of it
 GPU each, and keeps the adapter with the lowest held-out loss. `sweep.json`, beside the checkpoints and in the repo, has
 a row for each that ended: a killed sweep goes on with the others, and the one it was at begins again on a new disk.
 
+With `nodes` above 1 the processes are those of so many machines, each with a job of its own, and `MERGETUNE_NODE` says
+which of them this one is. Every node passes a fence of its own, waits a while for the others, and they meet at the
+first one, by the alias `node-0` of the job's network group. The first node alone pushes and writes.
+
 Killed runs go on from the last complete checkpoint in `work/checkpoints`, or in the output repo where there is one.
 Exit codes: 0 done, or another job does it, 1 training failed (not a number, or nothing learned) or a bug, 2 the
 caller's input, 3 the Hub did not take the result, 130 interrupted.
@@ -57,6 +61,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -115,8 +120,14 @@ TOKENIZER_FILES += ("tekken.json", "*.jinja", "chat_template.json", "generation_
 # Where LoRA also finds linear layers, and text never passes: parameters and memory without a gradient.
 NOT_TEXT = r".*(vision|visual|image|audio|multi_modal_projector|mm_projector|connector).*"
 GRACE_S = 20  # a step may take this long after SIGTERM; the Hub kills 30 s after it asks
+JOIN_S = 1200  # a node waits so long for the others, and is paid for it
+JOIN_POLL_S = 5
+CHUNK = 64 << 20  # bytes of a checkpoint that go from node to node at once
 PUSH_GRACE_S = 27  # and the push of its checkpoint goes on until then, counted from SIGTERM too
 LAST_PUSH_S = 600  # after the last step: a push that hangs must not hold up the artifact
+# What gloo, NCCL and torch's own store say when a process at the other end of a connection is gone.
+BROKEN_CONNECTION = ("onnection closed by peer", "onnection reset by peer", "remote process exited", "Broken pipe")
+BROKEN_CONNECTION += ("Connection was likely closed", "failed to recv, got 0 bytes", "Failed to recv, got 0 bytes")
 TAIL_BYTES = 8000  # of what a process that failed printed; the traceback is its end
 
 
@@ -301,6 +312,8 @@ PUBLISH = (3600, 300)  # an hour of the machine costs less than the work that it
 HEARTBEAT_S = 60
 RSS_IN_A_GIB = 2**30 if sys.platform == "darwin" else 2**20  # `ru_maxrss` counts KiB, on a Mac bytes
 LARGE_BYTES = 1 << 20  # files from this size go one by one, so that one which has arrived does not go again
+NOBODY = "nobody"  # in place of a job that won: the stage was stopped
+NODE = int(os.environ.get("MERGETUNE_NODE") or 0)  # which machine of a training on several this is
 # Without the Hub's own id (a run by hand) every process is a job of its own.
 JOB_ID = os.environ.get("JOB_ID") or f"local-{os.getpid()}-{time.time_ns()}"
 STOPPED = threading.Event()
@@ -343,17 +356,20 @@ def begin(run: dict) -> None:
 
 
 def win_fence(run: dict) -> None:
-    """Name this job in the stage's winner.json by compare-and-swap; it is also the proof that the token can write."""
+    """Name this job in the stage's winner.json by compare-and-swap; it is also the proof that the token can write.
+
+    Every node has a file of its own. A later attempt of any node, and a fence that is shut, shut out all nodes.
+    """
     from huggingface_hub import CommitOperationAdd
 
     seen = look(run)
-    winner, finished = winner_in(run, seen), f"{stage_folder(run)}/manifest.json" in names_in(seen)
-    if finished or (winner.get("attempt", 0) >= run["attempt"] and winner.get("job_id") != JOB_ID):
+    winner, finished = winner_in(run, seen, NODE), f"{stage_folder(run)}/manifest.json" in names_in(seen)
+    if finished or is_shut_out(run, seen) or (winner.get("attempt", 0) >= run["attempt"] and not is_me(winner)):
         raise Superseded({**winner, "finished": finished})
-    if winner.get("job_id") == JOB_ID:  # this container was started again, or the answer to the commit was lost
+    if is_me(winner):  # this container was started again, or the answer to the commit was lost
         return
     mine = {"attempt": run["attempt"], "job_id": JOB_ID, "at": datetime.now(UTC).isoformat(timespec="seconds")}
-    operation = CommitOperationAdd(f"{stage_folder(run)}/winner.json", json.dumps(mine).encode())
+    operation = CommitOperationAdd(winner_path(run, NODE), json.dumps(mine).encode())
     message = f"{run['stage']} of {run['run_id']}: job {JOB_ID} starts"
     hub().create_commit(run["output"]["repo"], [operation], commit_message=message, parent_commit=seen.sha)
 
@@ -424,9 +440,28 @@ def read_at(run: dict, seen: Any, name: str) -> dict:
     return json.loads(Path(hf_hub_download(run["output"]["repo"], name, revision=seen.sha)).read_bytes())
 
 
-def winner_in(run: dict, seen: Any) -> dict:
+def winner_path(run: dict, node: int = 0) -> str:
+    """Where the job that won is named, for each node of a training on several."""
+    return f"{stage_folder(run)}/winner{f'-{node}' if node else ''}.json"
+
+
+def winner_in(run: dict, seen: Any, node: int = 0) -> dict:
     """The stage's winner.json; empty before the first job has won."""
-    return read_at(run, seen, f"{stage_folder(run)}/winner.json")
+    return read_at(run, seen, winner_path(run, node))
+
+
+def is_me(winner: dict) -> bool:
+    """Whether this job is the one that won."""
+    return winner.get("job_id") == JOB_ID
+
+
+def is_shut_out(run: dict, seen: Any) -> bool:
+    """Whether no node of this attempt may work: a later attempt has passed with any node, or the stage was stopped."""
+    first = winner_in(run, seen)
+    if first.get("job_id") == NOBODY and first.get("attempt", 0) >= run["attempt"]:
+        return True
+    paths = [name for name in names_in(seen) if name.startswith(f"{stage_folder(run)}/winner")]
+    return any(read_at(run, seen, path).get("attempt", 0) > run["attempt"] for path in paths)
 
 
 def look_as_winner(run: dict) -> Any:
@@ -1054,6 +1089,7 @@ def main() -> None:
     parser.add_argument("run", help="path of a run.json of stage `train`")
     run, started = load_run(parser.parse_args().run, "train"), time.time()
     if "launched" in run:
+        take_place(run)
         end_with_parent(run["launched"]["parent"])
         named_failures(run, lambda: train(run, Path(run["launched"]["base"]), *split_rows(run), run["launched"]["at"]))
         return
@@ -1061,6 +1097,7 @@ def main() -> None:
     if "variant" in run:
         end_with_parent(run["variant"]["parent"])
     begin(run)
+    await_nodes(run)
     os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # 3 % lost to fragmentation, not 11 %
     if "sweep" in run:
@@ -1100,9 +1137,10 @@ def named_failures(run: dict, act: Callable[[], None]) -> None:
         emit("error", message=error.message, hint=error.hint, diverged=isinstance(error, Diverged))
         print(f"error: {error.message}\n\nhint: {error.hint}", file=sys.stderr)
         raise SystemExit(1) from error
-    except Exception:
+    except Exception as error:
         if "launched" in run:  # the others fail by it within a moment, and the log must end with the cause
-            (processes_folder(run) / f"failed-{rank()}").write_text(str(time.time_ns()), encoding="utf-8")
+            told = f"{time.time_ns()} {'connection' if is_broken_connection(error) else ''}"
+            (processes_folder(run) / f"failed-{local_rank()}").write_text(told, encoding="utf-8")
         raise
 
 
@@ -1114,9 +1152,24 @@ def processes_of(run: dict) -> int:
     return int(run.get("processes", 1))
 
 
+def nodes_of(run: dict) -> int:
+    """How many machines train together."""
+    return int(run.get("nodes", 1))
+
+
+def per_node(run: dict) -> int:
+    """How many of the processes are this machine's."""
+    return processes_of(run) // nodes_of(run)
+
+
 def rank() -> int:
     """This process's number among those that train together; 0 when it is alone."""
     return int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    """The same among those of this machine."""
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def accumulation_of(run: dict) -> int:
@@ -1129,12 +1182,15 @@ def accumulation_of(run: dict) -> int:
 
 
 def processes_folder(run: dict) -> Path:
-    """The request of the processes, and what all but the first of them print."""
+    """The request of this machine's processes, and what all but the first of them print."""
     return Path(run["work"]) / "processes"
 
 
 def launch(run: dict, base: Path, started: float) -> None:
     """Train in one process per GPU, and end as they end. The first prints here, the others into files.
+
+    Each machine starts its own, and they meet by `take_place`: one launcher over all nodes would keep every node paid
+    for until the first one has published.
 
     Raises:
         SystemExit: with the code of the process that failed first; 130 after SIGTERM or SIGINT, which they are sent.
@@ -1149,11 +1205,11 @@ def launch(run: dict, base: Path, started: float) -> None:
     known = {"base": str(base), "at": started, "parent": os.getpid(), "checkpoint": checkpoint and str(checkpoint)}
     request.write_text(json.dumps(run | {"launched": known}), encoding="utf-8")
     os.environ["JOB_ID"] = JOB_ID  # the fence knows this job by it
-    count = processes_of(run)
-    quiet = ",".join(f"{number}:3" for number in range(1, count))
+    count = per_node(run)
+    quiet = ",".join(f"{number}:3" for number in range(1, count)) or "0"
     options = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={count}", f"--redirects={quiet}"]
     options += [f"--log-dir={processes_folder(run)}", __file__, str(request)]
-    emit("phase", name="launch", detail=f"{count} processes")
+    emit("phase", name="launch", detail=f"{count} process{'es' * (count > 1)}{node_words(run)}")
     try:
         launcher.run(launcher.parse_args(options))
     except SignalException:
@@ -1165,7 +1221,7 @@ def launch(run: dict, base: Path, started: float) -> None:
 def explain_failure(run: dict, failures: dict[int, Any]) -> int:
     """Print what the process that failed first said, unless it prints here anyway; returns the exit code."""
     first = first_failure(run, failures)
-    name, code = f"process {first + 1} of {processes_of(run)}", failures[first].exitcode
+    name, code = f"process {first + 1} of {per_node(run)}{node_words(run)}", failures[first].exitcode
     if code < 0:
         message = f"{name} was killed by {signal.Signals(-code).name}"
         hint = "if its memory ran out, choose a flavor with more RAM or a smaller `train.batch_size`; look into the log"
@@ -1179,19 +1235,33 @@ def explain_failure(run: dict, failures: dict[int, Any]) -> int:
             lines = [x for x in text.splitlines() if not x.startswith(EVENT_PREFIX) or '"event": "error"' in x]
             if lines:
                 print(f"{name}, {path.name}:", *lines, sep="\n", file=sys.stderr, flush=True)
+    if nodes_of(run) > 1 and noted_failures(run).get(first, (0, False))[1]:
+        message = f"the connection to another node was lost{node_words(run)}"
+        emit("error", message=message, hint="look into the logs of the other nodes' jobs", transient=True)
     return code
 
 
 def first_failure(run: dict, failures: dict[int, Any]) -> int:
     """The number of the process that ended the others: one that was killed, or whose error came before theirs."""
-    noted = {int(p.name.partition("-")[2]): int(p.read_text()) for p in processes_folder(run).glob("failed-*")}
+    noted = noted_failures(run)
 
     def order(number: int) -> tuple[bool, bool, float, int]:
         code = failures[number].exitcode
         told = code in (130, -signal.SIGTERM)  # by the launcher, once another had ended
-        return told, code > 0, noted.get(number, math.inf), number
+        return told, code > 0, noted.get(number, (math.inf, False))[0], number
 
     return min(failures, key=order)
+
+
+def noted_failures(run: dict) -> dict[int, tuple[float, bool]]:
+    """By process of this machine: when it failed, and whether it had only lost its connection to another."""
+    notes = {p.name.partition("-")[2]: p.read_text().split() for p in processes_folder(run).glob("failed-*")}
+    return {int(number): (int(words[0]), len(words) > 1) for number, words in notes.items() if words}
+
+
+def is_broken_connection(error: Exception) -> bool:
+    """Whether an error says no more than that another process is not there any more."""
+    return any(words in str(error) for words in BROKEN_CONNECTION)
 
 
 def end_with_parent(parent: int) -> None:
@@ -1203,6 +1273,156 @@ def end_with_parent(parent: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="parent watch", daemon=True).start()
+
+
+# Several nodes
+
+
+class NodeMissing(HubFailed):
+    """Another node did not come. A new attempt may have more luck."""
+
+    def __init__(self, run: dict, missing: list[int]) -> None:
+        names = " and ".join(f"node {node + 1}" for node in missing)
+        message = f"{names} of {nodes_of(run)} did not come within {join_s(run) / 60:.0f} minutes"
+        super().__init__(message, "look whether its job waits for a machine, or has failed: its log says why")
+
+
+def node_words(run: dict) -> str:
+    """` on node 1 of 2`; empty for one machine."""
+    return f" on node {NODE + 1} of {nodes_of(run)}" if nodes_of(run) > 1 else ""
+
+
+def join_s(run: dict) -> float:
+    """How long a node waits for the others."""
+    return run.get("join_s", JOIN_S)
+
+
+def await_nodes(run: dict) -> None:
+    """Wait until all nodes have passed their fences, before anything is loaded: alone, none of them can work.
+
+    Raises:
+        NodeMissing: one did not in time.
+        Superseded: the attempt was stopped meanwhile.
+    """
+    if nodes_of(run) == 1 or not run["output"].get("repo"):
+        return
+    emit("phase", name="wait for the other nodes", detail=f"node {NODE + 1} of {nodes_of(run)}")
+    end = time.monotonic() + join_s(run)
+    while missing := patiently(run, "look for the other nodes", START, lambda: missing_nodes(run)):
+        if time.monotonic() > end:
+            raise NodeMissing(run, missing)
+        time.sleep(min(JOIN_POLL_S, max(end - time.monotonic(), 0.1)))
+
+
+def missing_nodes(run: dict) -> list[int]:
+    """The nodes of this attempt that have not passed their fence yet."""
+    seen = look(run)
+    mine = winner_in(run, seen, NODE)
+    if is_shut_out(run, seen) or not is_me(mine):
+        raise Superseded({**mine, "finished": False})
+    return [n for n in range(nodes_of(run)) if winner_in(run, seen, n).get("attempt") != run["attempt"]]
+
+
+def take_place(run: dict) -> None:
+    """Number this process among those of all nodes; its launcher knows only those of its own machine."""
+    if nodes_of(run) == 1:
+        return
+    number = NODE * per_node(run) + local_rank()
+    # The first process of all opens the meeting point, not its launcher.
+    os.environ |= {"RANK": str(number), "WORLD_SIZE": str(processes_of(run)), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting_port(run))}
+
+
+def meeting_port(run: dict) -> int:
+    """The port of the first node at which all meet. Another one for each attempt: the last one's may still be held."""
+    return 20000 + int(hashlib.sha256(f"{run['run_id']} {run['attempt']}".encode()).hexdigest()[:8], 16) % 10000
+
+
+def find_first_node(run: dict) -> None:
+    """Wait until the first node listens, and remember at which address.
+
+    Several jobs may hold its alias for a moment, if it was submitted twice: the one that listens is meant.
+
+    Raises:
+        NodeMissing: it did not in time.
+    """
+    if nodes_of(run) == 1 or NODE == 0:
+        return
+    host, end = f"{os.environ.get('HF_NETWORK_GROUP_PREFIX', '')}node-0", time.monotonic() + join_s(run)
+    while not (address := listening(host, meeting_port(run))):
+        if time.monotonic() > end:
+            raise NodeMissing(run, [0])
+        time.sleep(0.5)
+    os.environ["MASTER_ADDR"] = address
+
+
+def listening(host: str, port: int) -> str | None:
+    """The first of a name's addresses at which somebody listens; None where nobody does, or the name is not known."""
+    try:
+        addresses = {str(found[4][0]): None for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    except OSError:
+        return None
+    for address in addresses:
+        try:
+            socket.create_connection((address, port), 5).close()
+        except OSError:
+            continue
+        return address
+    return None
+
+
+def bring_home(run: dict, folder: Path, device: Any) -> None:
+    """Put what the other nodes wrote of a checkpoint beside the first node's part of it, which alone is pushed.
+
+    Over the connections that the gradients take, because those are known to work.
+    """
+    if nodes_of(run) == 1 or local_rank() > 0:
+        return
+    if NODE > 0:
+        send_files(folder, 0, device)
+        shutil.rmtree(folder)
+        return
+    for node in range(1, nodes_of(run)):
+        receive_files(folder, node * per_node(run), device)
+
+
+def send_files(folder: Path, to: int, device: Any) -> None:
+    """Send every file of a folder: the list of names and sizes, then their bytes."""
+    files = artifact_files(folder)
+    listed = json.dumps([[name, path.stat().st_size] for name, path in files.items()]).encode()
+    send_bytes(len(listed).to_bytes(8, "little"), to, device)
+    send_bytes(listed, to, device)
+    for path in files.values():
+        with path.open("rb") as handle:
+            while chunk := handle.read(CHUNK):
+                send_bytes(chunk, to, device)
+
+
+def receive_files(folder: Path, sender: int, device: Any) -> None:
+    """What `send_files` sends."""
+    size = int.from_bytes(receive_bytes(8, sender, device), "little")
+    for name, left in json.loads(receive_bytes(size, sender, device)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        with (folder / name).open("wb") as handle:
+            while left:
+                handle.write(chunk := receive_bytes(min(left, CHUNK), sender, device))
+                left -= len(chunk)
+
+
+def send_bytes(content: bytes, to: int, device: Any) -> None:
+    """To one process, as a tensor."""
+    import torch
+
+    torch.distributed.send(torch.frombuffer(bytearray(content), dtype=torch.uint8).to(device), to)
+
+
+def receive_bytes(count: int, sender: int, device: Any) -> bytes:
+    """What one process sends with `send_bytes`."""
+    import torch
+
+    tensor = torch.empty(count, dtype=torch.uint8, device=device)
+    torch.distributed.recv(tensor, sender)
+    return tensor.cpu().numpy().tobytes()
 
 
 def part() -> None:
@@ -1560,6 +1780,7 @@ class Table:
 def train(run: dict, base: Path, train_rows: list[Row], eval_rows: list[Row], started: float) -> None:
     """Everything that needs the heavy libraries, in order. The manifest comes last."""
     emit("phase", name="import libraries")
+    import_libraries(run)
     settings = sft_config(run, has_eval=bool(eval_rows))
     emit("phase", name="tokenize")
     tokenizer = load_tokenizer(base)
@@ -1597,6 +1818,14 @@ def train(run: dict, base: Path, train_rows: list[Row], eval_rows: list[Row], st
     shutil.rmtree(checkpoints(run), ignore_errors=True)
     headline = {key: metrics[key] for key in ("steps", "train_loss", "eval_loss", "tokens_per_s")}
     emit("end", stage="train", duration_s=round(time.time() - started, 1), **headline)
+
+
+def import_libraries(run: dict) -> None:
+    """What takes long to import, while the other nodes do the same; then all of them meet."""
+    if nodes_of(run) > 1:
+        import trl  # noqa: F401
+
+        find_first_node(run)
 
 
 # Before anything heavy is imported: is the base whole, do the rows suit it?
@@ -2175,6 +2404,7 @@ class Reporter:
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         folder = checkpoints(self.run) / f"checkpoint-{state.global_step}"
         self.trainer.accelerator.wait_for_everyone()  # each process writes a part of it
+        bring_home(self.run, folder, args.device)
         if rank() > 0:
             return
         mark_complete(self.run, folder, self.trainer)
@@ -2224,6 +2454,7 @@ def resume(checkpoint: Path | None, trainer: Any, reporter: Any) -> None:
     """Train on from a checkpoint, or from the start without one."""
     from transformers import TrainerState
 
+    agree(run_step(checkpoint), trainer.args)
     if checkpoint is None:
         trainer.train()
         return
@@ -2236,6 +2467,17 @@ def resume(checkpoint: Path | None, trainer: Any, reporter: Any) -> None:
     else:  # killed after the last step and before the manifest: `train` would add a step
         trainer._load_from_checkpoint(str(checkpoint))
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+
+def run_step(checkpoint: Path | None) -> int:
+    """The step of a checkpoint; 0 without one."""
+    return read_json(checkpoint / "complete.json")["step"] if checkpoint else 0
+
+
+def agree(step: int, settings: Any) -> None:
+    """Raise RuntimeError unless all processes begin at the same step: each node has found its checkpoint by itself."""
+    if summed([step], settings.device)[0] != step * settings.world_size:
+        raise RuntimeError(f"the nodes begin at different steps, this one at {step}")
 
 
 def chosen_checkpoint(run: dict) -> Path | None:

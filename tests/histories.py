@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from examples import GOOD, changed
-from simulation import Faults, Interleaved, Job, Killed, SimBook, SimRemote, SimWorld
+from simulation import SAVE_S, Faults, Interleaved, Job, Killed, SimBook, SimRemote, SimWorld
 
 from pipeline.book import Book, Tag, Verdict, make_book, retry_message, since_message
 from pipeline.controller import tick
@@ -35,17 +35,22 @@ NAMES = ("coach", "guide", "tutor")
 NO_STEP: Callable[[], None] = lambda: None  # noqa: E731
 
 
-def plan_named(name: str = "coach", version: int = 0, max_usd: float = 40) -> Plan:
+def plan_named(name: str = "coach", version: int = 0, max_usd: float = 40, nodes: int = 1) -> Plan:
     """The good experiment under a name; each version has another learning rate and so is another run."""
     text = changed("name: coach", f"name: {name}", GOOD)
     text = changed("acme/coach-12b", f"acme/{name}-12b", text)
     text = changed("2e-4", f"{version + 2}e-4", text)
-    text = changed("max_usd: 10", f"max_usd: {max_usd:g}", text)
+    text = changed("max_usd: 10", f"max_usd: {nodes * max_usd:g}", text)
+    text = changed("flavor: a10g-large", f"flavor: a10g-large\n  nodes: {nodes}", text) if nodes > 1 else text
     return make_plan(parse_experiment(text).experiment, Facts(shape=CATALOGUE["google/gemma-3-12b-it"]))
 
 
 PLAN = plan_named()
+TWO = plan_named(nodes=2)
 VERSIONS = {name: [plan_named(name, version) for version in range(3)] for name in NAMES}
+ON_NODES = {n: {name: [plan_named(name, v, nodes=n) for v in range(3)] for name in NAMES} for n in (2, 3)} | {
+    1: VERSIONS
+}
 
 
 def start(seed: int = 0, faults: Faults | None = None, **more: Any) -> SimWorld:
@@ -115,8 +120,13 @@ def reopen(sim: SimWorld, run_id: str) -> None:
 def check(sim: SimWorld, note: str = "") -> None:
     """What must hold in every world with the fence."""
     assert not sim.overlaps(), f"two jobs worked on one stage at the same time {note}"
-    passed = [(job.folder, job.attempt) for job in sim.job_list if job.passed_at is not None]
+    passed = [(job.folder, job.attempt, job.node) for job in sim.job_list if job.passed_at is not None]
     assert len(passed) == len(set(passed)), f"two jobs worked on one attempt {note}"
+    for one in sim.job_list:
+        for other in sim.job_list if one.began_at is not None else ():
+            if other.began_at is not None and other.folder == one.folder and other.attempt > one.attempt:
+                is_over = one.began_at + one.trained_s <= other.began_at + SAVE_S
+                assert is_over, f"attempts {one.attempt} and {other.attempt} trained at a time {note}"
 
 
 @dataclass
@@ -130,6 +140,7 @@ class History:
     broken: frozenset[str] = frozenset()
     events: list[str] = field(default_factory=list)
     reopened: list[str] = field(default_factory=list)
+    nodes: int = 1
 
     @property
     def plans(self) -> tuple[Plan, ...]:
@@ -151,7 +162,7 @@ class History:
         chance, name = self.sim.random.random(), self.sim.random.choice(NAMES)
         self.broken = frozenset()
         if chance < 0.08:
-            self.main[name] = self.sim.random.choice(VERSIONS[name])
+            self.main[name] = self.sim.random.choice(ON_NODES[self.nodes][name])
             self.events.append(f"merge {self.main[name].run_id}")
         elif chance < 0.11:
             self.main.pop(name, None)
@@ -203,13 +214,16 @@ class History:
             assert len(trained) <= most, f"{run_id} was trained {len(trained)} times {note}"
             given_up = [one.text for one in rounds if one.verdict is Verdict.FAILED]
             if not self.faults.node_lost and not self.faults.broken:
-                assert all("no job of them can be found" in text for text in given_up), f"{run_id}: {given_up} {note}"
+                told = (
+                    ("can be found", "did not come", "was lost") if self.nodes > 1 else ("no job of them can be found",)
+                )
+                assert all(any(words in text for words in told) for text in given_up), f"{run_id}: {given_up} {note}"
             if rounds[-1].verdict is Verdict.DONE:
                 assert trained, f"{run_id} is done and nothing was trained {note}"
 
 
-def make_history(seed: int) -> History:
-    """A history with its faults, both drawn from the seed."""
+def make_history(seed: int, nodes: int = 1) -> History:
+    """A history with its faults, both drawn from the seed; every training is on so many nodes."""
     draw = random.Random(seed)
     faults = Faults(
         unreachable=draw.choice((0.0, 0.02, 0.1, 0.3)),
@@ -222,5 +236,6 @@ def make_history(seed: int) -> History:
         skew_s=draw.choice((0.0, 120.0)),
     )
     history = History(seed, faults, start(seed, faults, queue_s=draw.choice((30.0, 30.0, 1500.0))))
-    history.main["coach"] = VERSIONS["coach"][0]
+    history.nodes = nodes
+    history.main["coach"] = ON_NODES[nodes]["coach"][0]
     return history

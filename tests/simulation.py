@@ -16,8 +16,10 @@ from typing import Any
 from pipeline.book import Book, Tag, make_book
 from pipeline.hub_facts import Access, HubError
 from pipeline.plan import StageName
-from pipeline.remote import MANIFEST, VIEWED, WINNER, JobSpec, JobState, SeenJob, StageView, read_view
+from pipeline.remote import MANIFEST, NOBODY, REQUEST, VIEWED, WINNER, JobSpec, JobState, SeenJob, StageView, read_view
 
+JOIN_S = 1200.0  # a node waits so long for the others of its attempt
+TRAINS = 'MERGETUNE {"event": "phase", "name": "train"}\n'
 SAVE_S = 60.0  # a training job looks at the fence again this often
 STALL_S = 3600.0
 WRITES = ("create_repo", "commit", "submit", "cancel", "push_tag")
@@ -43,7 +45,10 @@ class Faults:
 
 @dataclass
 class Job:
-    """One simulated job; `trained_s` is how long it worked after the fence, which is what must not be paid twice."""
+    """One simulated job; `trained_s` is how long it worked, which is what must not be paid twice.
+
+    It works from the fence on; of several nodes each works from when all of them have passed theirs (`began_at`).
+    """
 
     id: str
     spec: JobSpec
@@ -51,7 +56,9 @@ class Job:
     starts_at: float
     state: JobState = JobState.QUEUED
     passed_at: float | None = None
+    began_at: float | None = None
     trained_s: float = 0.0
+    log: str = "ValueError: bad data\n"
     finished_at: float | None = None
     dies_at: float | None = None
     broken: bool = False
@@ -68,6 +75,14 @@ class Job:
     @property
     def attempt(self) -> int:
         return int(self.spec.labels["attempt"])
+
+    @property
+    def node(self) -> int:
+        return int(self.spec.labels.get("node", 0))
+
+    @property
+    def winner_path(self) -> str:
+        return f"{self.folder}/winner-{self.node}.json" if self.node else f"{self.folder}/{WINNER}"
 
 
 @dataclass
@@ -111,17 +126,49 @@ class SimWorld:
                 self._end(job, JobState.SUCCEEDED, "superseded")
                 return
             job.passed_at = self.time
+            job.began_at = self.time if self._nodes(job) == 1 else None
         if job.state is not JobState.RUNNING or job.passed_at is None:
             return
-        job.trained_s = self.time - job.passed_at
-        if self.fence and self._winner(job) != job.id:
+        job.trained_s = self.time - job.began_at if job.began_at is not None else 0.0
+        if self.fence and self._is_shut_out(job):
             self._end(job, JobState.SUCCEEDED, "superseded")
         elif job.dies_at is not None and self.time >= job.dies_at:
             self._end(job, JobState.FAILED, "node lost")
+        elif job.began_at is None:
+            self._meet(job)
         elif job.trained_s >= self.work_s:
             self._finish(job)
+        elif any(peer.state is not JobState.RUNNING and not self._has_worked(peer) for peer in self._peers(job)):
+            job.log = "the connection to another node was lost\n"
+            self._end(job, JobState.FAILED, "")
+
+    def _meet(self, job: Job) -> None:
+        """Begin together with all nodes of the attempt, or wait for them a while."""
+        there = [peer for peer in self._peers(job) if peer.passed_at is not None]
+        is_whole = len({peer.node for peer in there}) == self._nodes(job) - 1
+        if is_whole and all(peer.state is JobState.RUNNING for peer in there):
+            job.began_at = self.time
+        if job.began_at is None and job.passed_at is not None and self.time - job.passed_at > JOIN_S:
+            job.log = "node 2 of 2 did not come within 20 minutes\n"
+            self._end(job, JobState.FAILED, "")
+
+    def _has_worked(self, job: Job) -> bool:
+        return job.began_at is not None and job.trained_s >= self.work_s
+
+    def _nodes(self, job: Job) -> int:
+        """How many nodes its run.json asks for; without a repository it is alone."""
+        request = self.repos.get(job.spec.repo, [{}])[-1].get(f"{job.folder}/{REQUEST}", b"")
+        return int(json.loads(request).get("nodes", 1)) if request else 1
+
+    def _peers(self, job: Job) -> list[Job]:
+        """The jobs of the attempt's other nodes that passed their fences."""
+        group = [other for other in self.job_list if (other.folder, other.attempt) == (job.folder, job.attempt)]
+        return [other for other in group if other.node != job.node and other.passed_at is not None]
 
     def _finish(self, job: Job) -> None:
+        if job.node:
+            self._end(job, JobState.SUCCEEDED, "")
+            return
         if job.broken or job.spec.repo not in self.repos:
             self._end(job, JobState.FAILED, "")
             return
@@ -132,20 +179,33 @@ class SimWorld:
     def _end(self, job: Job, state: JobState, message: str) -> None:
         job.state, job.message, job.finished_at = state, message, self.time
 
-    def _winner(self, job: Job) -> str:
-        if f"{job.folder}/{WINNER}" not in self.repos.get(job.spec.repo, [{}])[-1]:
-            return ""  # somebody deleted the repository
-        return str(json.loads(self.files(job.spec.repo)[f"{job.folder}/{WINNER}"])["job_id"])
+    def _winners(self, job: Job) -> dict[str, dict[str, Any]]:
+        """The winner of every node, by its path; none where somebody deleted the repository."""
+        files = self.repos.get(job.spec.repo, [{}])[-1]
+        return {path: json.loads(files[path]) for path in files if path.startswith(f"{job.folder}/winner")}
+
+    def _is_shut_out(self, job: Job) -> bool:
+        """What a node sees when it looks at the fence again: the first when it saves, another when it waits."""
+        winners = self._winners(job)
+        if job.node and job.began_at is not None:
+            return False  # it ends when the first one does
+        return winners.get(job.winner_path, {}).get("job_id") != job.id or self._is_over(job, winners)
+
+    def _is_over(self, job: Job, winners: dict[str, dict[str, Any]]) -> bool:
+        if job.node == 0 and job.began_at is not None:
+            return False
+        first = winners.get(f"{job.folder}/{WINNER}", {"attempt": 0, "job_id": ""})
+        shut = first["job_id"] == NOBODY and first["attempt"] >= job.attempt
+        return shut or any(winner["attempt"] > job.attempt for winner in winners.values())
 
     def _pass_fence(self, job: Job) -> bool:
-        path = f"{job.folder}/{WINNER}"
         if job.spec.repo not in self.repos or f"{job.folder}/{MANIFEST}" in self.files(job.spec.repo):
             return False
-        if path in self.files(job.spec.repo):
-            winner = json.loads(self.files(job.spec.repo)[path])
-            if winner["attempt"] >= job.attempt and winner["job_id"] != job.id:
-                return False
-        self.put(job.spec.repo, {path: json.dumps({"attempt": job.attempt, "job_id": job.id}).encode()})
+        winners = self._winners(job)
+        winner = winners.get(job.winner_path, {"attempt": 0, "job_id": ""})
+        if self._is_over(job, winners) or (winner["attempt"] >= job.attempt and winner["job_id"] != job.id):
+            return False
+        self.put(job.spec.repo, {job.winner_path: json.dumps({"attempt": job.attempt, "job_id": job.id}).encode()})
         return True
 
     def put(self, repo: str, files: Mapping[str, bytes]) -> str:
@@ -154,25 +214,34 @@ class SimWorld:
 
     # What happened, for the checks.
 
+    def log_of(self, job_id: str) -> str:
+        """What a job has said: nothing before it works, and its error last."""
+        job = next(job for job in self.job_list if job.id == job_id)
+        said = TRAINS if job.began_at is not None else ""
+        return said + job.log if job.finished_at is not None else said
+
     def trainings(self, stage: str = "train") -> list[Job]:
-        """The jobs that passed the fence and worked."""
-        return [job for job in self.job_list if job.stage == stage and job.passed_at is not None]
+        """The jobs that passed the fence and worked; of several nodes that worked together, the first one's."""
+        return [job for job in self.job_list if job.stage == stage and job.began_at is not None and job.node == 0]
 
     def overlaps(self) -> list[tuple[Job, Job]]:
-        """Pairs of jobs that worked on the same stage of the same run at the same time, for longer than one look."""
+        """Pairs of jobs that worked on the same stage of the same run at the same time, for longer than one look.
+
+        Other nodes are no such pair: they work only together with the first of their attempt.
+        """
         found = []
         for index, one in enumerate(self.job_list):
             for other in self.job_list[index + 1 :]:
-                if one.folder == other.folder and _shared_s(one, other) > SAVE_S:
+                if (one.folder, one.node) == (other.folder, other.node) and _shared_s(one, other) > SAVE_S:
                     found.append((one, other))
         return found
 
 
 def _shared_s(one: Job, other: Job) -> float:
-    if one.passed_at is None or other.passed_at is None:
+    if one.began_at is None or other.began_at is None:
         return 0.0
-    starts = max(one.passed_at, other.passed_at)
-    return min(one.passed_at + one.trained_s, other.passed_at + other.trained_s) - starts
+    starts = max(one.began_at, other.began_at)
+    return min(one.began_at + one.trained_s, other.began_at + other.trained_s) - starts
 
 
 class SimClock:
@@ -298,13 +367,13 @@ class SimRemote:
         return self._ask(found, "inspect")
 
     def log(self, namespace: str, job_id: str, *, whole: bool = False) -> str:
-        return self._ask(lambda: "ValueError: bad data\n", "log")
+        return self._ask(lambda: self.world.log_of(job_id), "log")
 
     def logs(self, namespace: str, job_ids: Collection[str]) -> dict[str, str]:
         found: dict[str, str] = {}
         for job_id in job_ids:
             with suppress(HubError):
-                found[job_id] = self._ask(lambda: "", "log")
+                found[job_id] = self._ask(lambda job_id=job_id: self.world.log_of(job_id), "log")
         return found
 
     def cancel(self, namespace: str, job_id: str) -> None:
@@ -335,6 +404,8 @@ class SimRemote:
             repo=job.spec.repo,
             finished_at=job.finished_at,
             message=job.message,
+            node=job.node,
+            revision=job.spec.revision,
         )
 
 

@@ -67,6 +67,13 @@ VIEWS = {
     "training": under_way(
         TRAIN, "now next next next", *steps(*FALLING), ("eval", {"step": 200, "eval_loss": 1.712}), usd=0.43
     ),
+    "training-on-nodes": under_way(
+        TRAIN,
+        "now next next next",
+        *steps(*FALLING),
+        usd=1.13,
+        node_urls=("https://huggingface.co/jobs/acme/second", "javascript:alert(1)"),
+    ),
     "training-badly": under_way(TRAIN, "now next next next", *steps(*RISING), *BROKEN, usd=0.9, learning_rate=2e-4),
     "sweeping": under_way(
         TRAIN,

@@ -306,7 +306,7 @@ def failed(sim: SimWorld) -> None:
     sim.faults.broken = 1
     running(sim, COACH, GUIDE)
     sim.job_list[1].starts_at += 100_000
-    sim.job_list[1].passed_at = sim.time + 100_000
+    sim.job_list[1].began_at = sim.time + 100_000
     sim.advance(4000)
 
 

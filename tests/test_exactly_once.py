@@ -6,7 +6,7 @@ Three thousand lives of a whole repository, each told by its seed:  python bench
 import contextlib
 
 import pytest
-from histories import LIMITS, PLAN, book_of, check, make_history, one_tick, run_until_closed, start, world_of
+from histories import LIMITS, PLAN, TWO, book_of, check, make_history, one_tick, run_until_closed, start, world_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from simulation import LOST, Faults, Interleaved, Killed, SimRemote, SimWorld
@@ -36,6 +36,17 @@ def test_killed_after_every_call_one_training_is_paid() -> None:
         sim = start(1)
         one_tick(sim, kill_at=kill_at)
         assert run_until_closed(sim) == Verdict.DONE, f"killed at {kill_at}"
+        assert len(sim.trainings()) == 1, f"killed at {kill_at}"
+        check(sim)
+
+
+def test_killed_after_every_call_two_nodes_train_once() -> None:
+    calls = start(1)
+    one_tick(calls, plans=(TWO,))
+    for kill_at in range(1, 2 * calls.calls + 1):
+        sim = start(1)
+        one_tick(sim, kill_at=kill_at, plans=(TWO,))
+        assert run_until_closed(sim, plan=TWO) == Verdict.DONE, f"killed at {kill_at}"
         assert len(sim.trainings()) == 1, f"killed at {kill_at}"
         check(sim)
 
@@ -74,6 +85,30 @@ def test_whatever_fails_no_run_is_lost_and_none_is_paid_twice(seed: int, faults:
         assert len(sim.trainings()) <= 1
         if verdict == Verdict.DONE:
             assert len(sim.trainings()) == 1
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(seed=st.integers(0, 2**32), faults=faults, controllers=st.sampled_from([1, 1, 2, 4]))
+def test_whatever_fails_two_nodes_are_one_attempt(seed: int, faults: Faults, controllers: int) -> None:
+    """One job passes for each node of an attempt, one attempt trains at a time, and every run ends and is told."""
+    sim = start(seed, faults)
+    if controllers > 1:
+        Interleaved(sim).run([lambda step: one_tick(sim, step, plans=(TWO,))] * controllers)
+    verdict = run_until_closed(sim, plan=TWO)
+    assert verdict in (Verdict.DONE, Verdict.FAILED), verdict
+    check(sim, f"(seed {seed})")
+    if faults.node_lost == 0 and faults.broken == 0:
+        assert len(sim.trainings()) <= 1
+        if verdict == Verdict.DONE:
+            assert len(sim.trainings()) == 1
+
+
+@pytest.mark.parametrize("block", range(2))
+def test_a_whole_repository_whose_trainings_are_on_two_or_three_nodes(block: int) -> None:
+    for seed in range(20 * block, 20 * block + 20):
+        history = make_history(seed, nodes=2 + seed % 2)
+        history.live()
+        history.judge()
 
 
 @pytest.mark.parametrize("block", range(8))

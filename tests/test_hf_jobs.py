@@ -58,6 +58,20 @@ def test_a_submit_is_asked_once_whatever_becomes_of_its_answer(hub: LoopbackHub,
     assert len(hub.jobs) == started
 
 
+def test_a_node_of_an_attempt(hub: LoopbackHub) -> None:
+    remote, given = jobs_of(hub), {"network_group": "mt-1", "network_aliases": ("node-1",)}
+    job_id = remote.submit(spec(hub, labels={**LABELS, "node": "1"}, environment={"MERGETUNE_NODE": "1"}, **given))
+    job = hub.jobs[job_id]
+    assert job.spec["network"] == {"group": "mt-1", "aliases": ["node-1"]}
+    assert job.labels["name"] == "tiny-0a1b2c3d-train-1"
+    assert job.environment["MERGETUNE_NODE"] == "1"
+    found = remote.inspect("acme", job_id)
+    assert found is not None and (found.node, found.revision) == (1, hub.head("acme/tiny-adapter"))
+    alone = remote.inspect("acme", remote.submit(spec(hub)))
+    assert alone is not None and alone.node == 0
+    assert "network" not in hub.jobs[alone.id].spec
+
+
 def test_a_submit_that_hangs_ends_with_the_timeout(hub: LoopbackHub) -> None:
     hub.faults.add(method="POST", path=SUBMIT, action=hang(5))
     error = refused(jobs_of(hub, timeout_s=0.3).submit, spec(hub))

@@ -9,10 +9,11 @@ from histories import LABEL, LIMITS, PLAN, ROOT, check, start
 from simulation import DOWN, LOST, Killed, SimRemote, SimWorld
 
 from pipeline.hub_facts import Access, HubError
-from pipeline.launch import Elsewhere, Order, Outcome, Submitted, Unanswered, cancel_jobs, close_fence, submit_stage
+from pipeline.launch import Elsewhere, Order, Outcome, Submitted, Unanswered, submit_stage
 from pipeline.plan import StageName
 from pipeline.reconcile import Seen, Submit
 from pipeline.remote import CLAIM, NOBODY, WINNER, JobState, stage_folder
+from pipeline.stopping import cancel_jobs, close_fence
 from pipeline.tree import make_order
 
 TRAIN = PLAN.stages[0]

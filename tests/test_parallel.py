@@ -10,6 +10,7 @@ from pipeline.cost import (
     CORRECTED_BAND,
     LINK_GB_PER_S,
     LINK_REACHED,
+    NODES_GB_PER_S,
     SEVERAL,
     SEVERAL_BAND,
     estimate_cost,
@@ -17,6 +18,7 @@ from pipeline.cost import (
     finished_run,
 )
 from pipeline.dataset_facts import DatasetFacts, TokenFacts
+from pipeline.errors import InvalidExperiment
 from pipeline.facts import Facts
 from pipeline.fit import cheapest_flavor, largest_max_length
 from pipeline.flavors import FLAVORS
@@ -26,12 +28,14 @@ from pipeline.memory import GIB, MemorySpec, estimate_need, spec_of
 from pipeline.models import CATALOGUE
 from pipeline.parallel import ALONE, SHARDED_BAND, Parallel, Sharing, estimate_memory, parallel_of, sharded_need
 from pipeline.plan import make_plan
+from pipeline.plan_changes import plan_hash
 from pipeline.plan_preview import Preview, plan_as_dict, render_plan
 from pipeline.plan_sections import stages_section
 
 GEMMA, QWEN = CATALOGUE["google/gemma-3-12b-it"], CATALOGUE["Qwen/Qwen3-14B"]
 LORA = changed("method: qlora", "method: lora")
 FULL = changed("^merge: .*\n", "", changed("  lora: .*\n", "", changed("method: qlora", "method: full")))
+NODES = changed("flavor: a10g-large", "nodes: 2\n  flavor: a10g-large", GOOD)
 ROWS = DatasetFacts("rows.jsonl", 1000, 1000, "messages", is_chat=True, tokens=TokenFacts(1000, 10**6, 10**6, 1000))
 
 
@@ -50,6 +54,9 @@ def on(flavor: str, text: str = GOOD):
         (LORA, "l4x4", Parallel(4, Sharing.PARTS)),
         (FULL, "a100-large", ALONE),
         (FULL, "a100x8", Parallel(8, Sharing.PARTS)),
+        (NODES, "a10g-large", Parallel(2, Sharing.COPIES, 2)),
+        (NODES, "cpu-xl", Parallel(2, Sharing.COPIES, 2)),
+        (changed("method: qlora", "method: lora", NODES), "l4x4", Parallel(8, Sharing.PARTS, 2)),
         (changed("  learning_rate: 2e-4", "  learning_rate: 2e-4\n  script: my/train.py"), "l4x4", ALONE),
     ],
 )
@@ -162,3 +169,76 @@ def test_the_fingerprint_does_not_depend_on_the_gpus() -> None:
 def test_a_copy_needs_what_one_gpu_needs_and_buckets() -> None:
     spec = MemorySpec(seq=2048, gpus=4)
     assert estimate_need(spec, GEMMA).total > estimate_need(replace(spec, gpus=1), GEMMA).total
+
+
+# Several machines.
+
+
+def test_run_json_and_words_of_several_nodes() -> None:
+    sixteen, two = Parallel(16, Sharing.PARTS, 2), Parallel(2, Sharing.COPIES, 2)
+    assert sixteen.request() == {"processes": 16, "sharded": True, "nodes": 2}
+    assert (sixteen.per_node, two.per_node) == (8, 1)
+    assert sixteen.words == " on each of 2 nodes × 8 GPUs (FSDP2)"
+    assert two.words == " on each of 2 nodes × 1 GPU (DDP)"
+
+
+def test_nodes_are_paid_for_and_memory_is_that_of_one_gpu() -> None:
+    one, two = (make_plan(on("a100x8", text), Facts(shape=GEMMA, dataset=ROWS)) for text in (GOOD, NODES))
+    assert two.stages[0].cost.worst_usd == pytest.approx(2 * one.stages[0].cost.worst_usd) == pytest.approx(160)
+    minutes = -(-two.stages[0].cost.expected_s // 60)
+    assert two.stages[0].cost.expected_usd == pytest.approx(2 * minutes * 20 / 60)
+    assert two.stages[0].cost.expected_s < one.stages[0].cost.expected_s
+    full = changed("flavor: a10g-large", "nodes: 2\n  flavor: a10g-large", FULL)
+    needs = [estimate_memory(on("a100x8", text), QWEN).total for text in (FULL, full)]
+    assert needs[1] < needs[0]
+    assert ram_gib("train", on("a100x8", NODES), GEMMA, True) == ram_gib("train", on("a100x8"), GEMMA, True)
+
+
+def test_sharded_layers_of_two_nodes_travel_by_the_network() -> None:
+    short = replace(ROWS, tokens=TokenFacts(1000, 10**5, 10**5, 100))
+    text = changed("max_length: 2048", "max_length: 128", FULL)
+    text = changed("flavor: a10g-large", "nodes: 2\n  flavor: a10g-large", text)
+    sent = 3 * 2 * GEMMA.parameters * 15 / 16 / (NODES_GB_PER_S * 1e9)
+    found = estimate_train_seconds(on("a100x8", text), GEMMA, short, FLAVORS["a100x8"])
+    assert found == pytest.approx(1000 * 3 * sent / (16 * SEVERAL))
+
+
+def test_a_finished_run_on_nodes_corrects_only_such_runs() -> None:
+    predicted = {"flavor": "a100x8", "duration_s": 720, "nodes": 2}
+    run = finished_run({"stage": "train", "duration_s": 900.0, "predicted": predicted})
+    assert run is not None and run.gpu == "2 nodes of 8x A100"
+
+
+def test_nodes_decide_no_result_but_what_a_reviewer_approves() -> None:
+    one, two = (make_plan(on("a100x8", text), Facts(shape=GEMMA)) for text in (GOOD, NODES))
+    assert one.run_id == two.run_id
+    assert plan_hash(one) != plan_hash(two)
+    assert "nodes" not in one.experiment.resolved()["train"]
+    assert two.experiment.resolved()["train"]["nodes"] == 2
+
+
+def test_the_plan_says_what_the_nodes_do_and_cost() -> None:
+    experiment = on("a100x8", changed("nodes: 2", "nodes: 2\n  gradient_accumulation: 32", NODES))
+    facts = Facts(shape=GEMMA)
+    preview = Preview("coach", "experiments/coach.yaml", experiment, make_plan(experiment, facts), facts)
+    text = render_plan(preview)
+    assert "on each of 2 nodes × 8 GPUs (DDP)." in text
+    assert "2 nodes × 8 GPUs (DDP), $40.00/h: a job each, one attempt together. 16 GPUs share each step" in text
+    assert "| 2 × `a100x8` |" in text
+    assert "| 2 × `a100x8` |" in stages_section(preview)
+    assert plan_as_dict(preview)["stages"][0]["nodes"] == 2
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("nodes: 9", "8"),
+        ("nodes: 0", "1"),
+        ("nodes: 2\n  script: my/train.py", "a custom script has one job"),
+        ("nodes: 2\n  backend: mlx", "MLX trains on one Mac"),
+    ],
+)
+def test_nodes_that_cannot_be(lines: str, message: str) -> None:
+    with pytest.raises(InvalidExperiment) as caught:
+        parse_experiment(changed("  learning_rate: 2e-4", f"  learning_rate: 2e-4\n  {lines}"))
+    assert message in str([finding.message for finding in caught.value.findings])

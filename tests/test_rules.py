@@ -131,6 +131,14 @@ BAD = [
         "by the 2 GPUs of `a10g-largex2`",
         "write `gradient_accumulation: 2` and `batch_size: 2`: a step sees the same 4 rows",
     ),
+    (
+        "MEM007",
+        "flavor: a10g-large",
+        "gradient_accumulation: 2\n  nodes: 2\n  flavor: a100x8",
+        FACTS,
+        "cannot be shared evenly by the 16 GPUs of 2 `a100x8`",
+        "write `gradient_accumulation: 16`",
+    ),
     ("MEM008", "flavor: cpu-xl", "flavor: l40sx4", FACTS, "uses one GPU, `l40sx4` has 4", "write `flavor: l40sx1`"),
     (
         "TIM001",

@@ -60,12 +60,19 @@ def write_run(folder: Path, stage: str, inputs: dict[str, Any], attempt: int = 1
 class Job:
     """One container: a process with an empty disk of its own, and what it has printed."""
 
-    def __init__(self, hub: LoopbackHub, run: Path, job_id: str, token: str = TOKEN, *options: str) -> None:
+    def __init__(
+        self, hub: LoopbackHub, run: Path, job_id: str, token: str = TOKEN, *options: str, **more: str
+    ) -> None:
         stage = json.loads(run.read_text())["stage"]
         self.disk = run.parent / f"disk-of-{job_id}"
         (self.disk / "tmp").mkdir(parents=True)
         environment = {**ONE_THREAD, "HF_ENDPOINT": hub.url, "HF_TOKEN": token, "JOB_ID": job_id}
-        environment |= {"HF_HUB_OFFLINE": "0", "HF_HOME": str(self.disk / "hf"), "TMPDIR": str(self.disk / "tmp")}
+        environment |= {
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(self.disk / "hf"),
+            "TMPDIR": str(self.disk / "tmp"),
+            **more,
+        }
         self.token, self.printed = token, self.disk / "log"
         command = [sys.executable, *options, str(ROOT / f"scripts/{SCRIPTS[stage]}.py"), str(run)]
         with self.printed.open("w") as log:

@@ -267,3 +267,36 @@ def test_leaving_the_hub_kills_what_runs(tmp_path, monkeypatch):
         until(lambda: hub.jobs[job.id].pid is not None)
         process = Path("/proc") / str(hub.jobs[job.id].pid)
     until(lambda: not process.exists() or " Z " in (process / "stat").read_text())
+
+
+def resolved(hub: LoopbackHub, alias: str, group: str | None, **more) -> str:
+    """What a job finds under an alias of its group, or of none."""
+    code = (
+        "import os, socket\n"
+        f"name = os.environ.get('HF_NETWORK_GROUP_PREFIX', 'mt-1-') + '{alias}'\n"
+        "try: print('found', socket.getaddrinfo(name, 80)[0][4][0])\n"
+        "except OSError: print('unknown')\n"
+    )
+    job = python(hub, code, network_group=group, **more)
+    until(lambda: hub.jobs[job.id].over)
+    return hub.jobs[job.id].log.strip()
+
+
+def test_members_of_a_network_group_find_each_other_while_they_run(hub):
+    first = python(hub, "import time; time.sleep(30)", network_group="mt-1", network_aliases=["node-0"])
+    until(lambda: hub.jobs[first.id].pid is not None)
+    assert first.network.group == "mt-1" and first.network.aliases == ["node-0"]
+    assert resolved(hub, "node-0", "mt-1") == "found 127.0.0.1"
+    assert resolved(hub, "node-1", "mt-1") == "unknown"
+    assert resolved(hub, "node-1", "mt-1", network_aliases=["node-1"]) == "found 127.0.0.1"
+    assert resolved(hub, "node-0", "mt-2") == "unknown"
+    assert resolved(hub, "node-0", None) == "unknown"
+    client(hub).cancel_job(job_id=first.id, namespace="acme")
+    until(lambda: resolved(hub, "node-0", "mt-1") == "unknown")
+
+
+@pytest.mark.parametrize(
+    ("group", "aliases"), [("Mt", []), ("m" * 47, []), ("mt", ["a_b"]), ("mt", ["a" * 35]), ("mt", ["a", "a"])]
+)
+def test_a_group_that_the_hub_does_not_take(hub, group, aliases):
+    assert isinstance(refused(python, hub, "pass", network_group=group, network_aliases=aliases), BadRequestError)

@@ -95,8 +95,10 @@ class HfJobs:
                 flavor=spec.flavor,
                 timeout=spec.timeout_s,
                 labels=dict(spec.labels),
-                name=f"{spec.labels['run']}-{spec.labels['stage']}"[:100],
+                name="-".join(spec.labels[key] for key in ("run", "stage", "node") if key in spec.labels)[:100],
                 volumes=[volume],
+                network_group=spec.network_group,
+                network_aliases=list(spec.network_aliases) or None,
                 namespace=spec.namespace,
                 token=self._token,
             ),
@@ -186,6 +188,7 @@ class HfJobs:
         labels = job.labels or {}
         try:
             stage, attempt = StageName(labels["stage"]), int(labels["attempt"])
+            node = int(labels.get("node", 0))
             experiment, run_id = labels["experiment"], labels["run"]
         except (KeyError, ValueError):
             return None
@@ -195,7 +198,7 @@ class HfJobs:
         message = job.status.message or ""
         if state in (JobState.FAILED, JobState.CANCELLED):
             message = self.reason(namespace, job.id) or message
-        volumes = [volume.source for volume in job.volumes or () if volume.type == "model"]
+        volumes = [volume for volume in job.volumes or () if volume.type == "model"]
         return SeenJob(
             id=job.id,
             experiment=experiment,
@@ -206,10 +209,12 @@ class HfJobs:
             created_at=_epoch(job.created_at) or 0.0,
             running_s=_seconds(job),
             flavor=str(getattr(job.flavor, "value", job.flavor)),
-            repo=volumes[0] if volumes else "",
+            repo=volumes[0].source if volumes else "",
             finished_at=_epoch(job.finished_at),
             message=message,
             url=job.url,
+            node=node,
+            revision=(volumes[0].revision or "") if volumes else "",
         )
 
     def reason(self, namespace: str, job_id: str) -> str:

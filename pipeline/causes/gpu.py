@@ -135,6 +135,22 @@ CAUSES = (
         weight=WEAK,
     ),
     Cause(
+        "peer-missing",
+        "another node of the training did not come",
+        ("node * did not come within * minutes",),
+        "a flavor of which machines are free, or fewer `nodes`",
+        transient=True,
+        weight=STRONG,
+    ),
+    Cause(
+        "peer-lost",
+        "the connection to another node was lost",
+        ("the connection to another node was lost",),
+        "look into the logs of the other nodes' jobs",
+        transient=True,
+        weight=STRONG,
+    ),
+    Cause(
         "nccl",
         "the GPUs cannot talk to each other",
         (

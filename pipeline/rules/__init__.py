@@ -54,6 +54,7 @@ from pipeline.rules.mlx import (
     timeout_is_left_out,
     training_fits_a_mac,
 )
+from pipeline.rules.nodes import nodes_are_needed
 from pipeline.rules.online import (
     base_is_readable,
     dataset_is_readable,
@@ -119,6 +120,7 @@ ALL_RULES: tuple[Rule, ...] = (
     Rule("MEM007", batches_are_shared),
     Rule("MEM008", gpus_are_used),
     Rule("MEM009", preferences_use_one_gpu),
+    Rule("NOD001", nodes_are_needed),
     Rule("EXP005", output_is_its_own),
     Rule("EXP006", not_done_before),
     Rule("EXP007", base_has_a_config),

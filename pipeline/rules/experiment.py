@@ -132,7 +132,7 @@ def worst_case_within_budget(subject: Subject) -> Verdict | None:
         return None
     train = plan.stages[0]
     rest = plan.worst_usd - train.cost.worst_usd
-    price = train.flavor.usd_per_minute  # nothing on a Mac
+    price = train.usd_per_minute  # nothing on a Mac
     minutes = int((budget - rest) / price) if price else 0
     fits = f"write `timeout: {minutes}m` under `train`, or " if minutes > 0 else ""
     message = f"every stage running into its timeout costs ${plan.worst_usd:.2f}, the budget is ${budget:.2f}"
@@ -154,7 +154,7 @@ def timeouts_hold(subject: Subject) -> Verdict | None:
             limit = sweep.max_usd / stage.flavor.usd_per_minute * 60  # then no further variant is started
         if needed is not None and min(needed * MARGIN, limit) > stage.timeout_s:
             minutes = math.ceil(min(needed * MARGIN, limit) / 60)
-            words = f"`{stage.name}` takes about {needed / 60:.0f} minutes on `{stage.flavor.name}`"
+            words = f"`{stage.name}` takes about {needed / 60:.0f} minutes on {stage.where}"
             message = f"{words}, its timeout is {stage.timeout_s / 60:.0f}"
             return Verdict(f"{stage.name}.timeout", message, f"write `timeout: {minutes}m` under `{stage.name}`")
     return None

@@ -80,7 +80,7 @@ def quantised_base_is_whole(subject: Subject) -> Verdict | None:
     cheapest = cheapest_flavor(experiment, shape)
     ways = [f"`flavor: {cheapest.name}`"] if cheapest else []
     lora = experiment.model_copy(update={"train": experiment.train.model_copy(update={"method": Method.LORA})})
-    if need_of(spec_of(lora, shape), shape, Parallel(flavor.gpus, Sharing.PARTS)).fits(flavor):
+    if need_of(spec_of(lora, shape), shape, Parallel(parallel.gpus, Sharing.PARTS)).fits(flavor):
         ways.append("`method: lora`")
     message = f"a 4-bit base is not shared: it needs {estimate.low:.1f} to {estimate.high:.1f} GiB on each GPU, "
     message += f"those of `{flavor.name}` have {flavor.vram_gib:g}"
@@ -105,7 +105,8 @@ def batches_are_shared(subject: Subject) -> Verdict | None:
     hint = f"write `gradient_accumulation: {same[0] if same else -(-total // gpus) * gpus}`"
     if same:
         hint += f" and `batch_size: {rows // same[0]}`: a step sees the same {rows} rows"
-    message = f"`gradient_accumulation: {total}` batches cannot be shared evenly by the {gpus} GPUs of `{train.flavor}`"
+    where = f"{parallel.nodes} `{train.flavor}`" if parallel.nodes > 1 else f"`{train.flavor}`"
+    message = f"`gradient_accumulation: {total}` batches cannot be shared evenly by the {gpus} GPUs of {where}"
     return Verdict("train.gradient_accumulation", message, hint)
 
 

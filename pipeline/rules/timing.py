@@ -25,8 +25,8 @@ def timeout_is_chosen(subject: Subject) -> Verdict | None:
         return None
     message = "`timeout: 30m` is the server's default, and how long this training takes is not known"
     left = subject.file.experiment.budget.max_usd - (plan.worst_usd - train.cost.worst_usd)
-    minutes = min(USUAL_MINUTES, int(left / train.flavor.usd_per_minute))
+    minutes = min(USUAL_MINUTES, int(left / train.usd_per_minute))
     if minutes <= SERVER_DEFAULT_S // 60:
-        cost = plan.worst_usd - train.cost.worst_usd + USUAL_MINUTES * train.flavor.usd_per_minute
+        cost = plan.worst_usd - train.cost.worst_usd + USUAL_MINUTES * train.usd_per_minute
         return Verdict("train.timeout", message, f"write `timeout: 4h`, and `max_usd: {cost:.2f}` under `budget`")
     return Verdict("train.timeout", message, f"write `timeout: {minutes}m` under `train`")

@@ -36,6 +36,7 @@ AREAS |= {
     "DAT": "data",
     "MLX": "training on a Mac",
     "SWP": "sweeps",
+    "NOD": "training on several machines",
 }
 
 

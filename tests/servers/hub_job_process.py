@@ -13,6 +13,7 @@ from typing import Protocol
 
 from servers.hub_http import HubError
 from servers.hub_jobs import TIMEOUT_MESSAGE, Job
+from servers.hub_network import join_group, leave_group
 from servers.hub_world import World
 
 # Options of `uv run` that take a value; all others stand alone.
@@ -64,9 +65,10 @@ def _attempt(job: Job, host: Host) -> int:
     try:
         rewrite = _rewriter(_mount(job, host.world, folder))
         command = [rewrite(argument) for argument in real_command(job.command, host.python)]
-        environment = _environment(job, host, folder, rewrite)
+        environment = {**_environment(job, host, folder, rewrite), **join_group(job, host.world.root, folder)}
         return _run(job, host, command, environment, folder / "work")
     finally:
+        leave_group(job, host.world.root)
         _remove(folder)
 
 

@@ -14,6 +14,7 @@ from servers.hub_description import require_body
 from servers.hub_http import Answer, Call, HubError, Route, json_answer, route
 from servers.hub_job_process import kill_group
 from servers.hub_jobs import Job, JobBoard, follow, job_json, measure
+from servers.hub_network import check_network
 from servers.hub_repo_views import paged
 from servers.hub_world import World, readable_repo
 
@@ -53,6 +54,7 @@ class JobViews:
         body = require_body("post", SUBMIT, call.json())
         if not (body.get("dockerImage") or body.get("spaceId")) or not body.get("command"):
             raise HubError(400, "Invalid input: dockerImage or spaceId, and command, are required")
+        check_network(body)
         for volume in body.get("volumes", []):
             if volume["type"] != "bucket":
                 repo = readable_repo(world, call, volume["type"], volume["source"])

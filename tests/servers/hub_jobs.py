@@ -108,7 +108,7 @@ class Job:
 
 def job_json(job: Job, now: float) -> dict[str, Any]:
     """The job as the Hub describes it."""
-    copied = ("dockerImage", "spaceId", "command", "arguments", "volumes", "arch", "resourceGroupId")
+    copied = ("dockerImage", "spaceId", "command", "arguments", "volumes", "arch", "resourceGroupId", "network")
     facts = {key: job.spec[key] for key in copied if job.spec.get(key) is not None}
     times = {"startedAt": job.started, "finishedAt": job.finished}
     creator = {"id": object_id(job.creator), "name": job.creator}
