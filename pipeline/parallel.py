@@ -58,7 +58,7 @@ def parallel_of(experiment: Experiment, shape: ModelShape | None, flavor: Flavor
     if train.method is Method.FULL:
         return Parallel(flavor.gpus, Sharing.PARTS)
     if train.method is Method.LORA and shape is not None:
-        copies = estimate_need(replace(spec_of(experiment, shape), gpus=flavor.gpus), shape)
+        copies = estimate_need(replace(spec_of(experiment, shape, flavor), gpus=flavor.gpus), shape)
         if copies.fits(flavor) is not True:
             return Parallel(flavor.gpus, Sharing.PARTS)
     return Parallel(flavor.gpus, Sharing.COPIES)
@@ -66,7 +66,7 @@ def parallel_of(experiment: Experiment, shape: ModelShape | None, flavor: Flavor
 
 def estimate_memory(experiment: Experiment, shape: ModelShape, flavor: Flavor | None = None) -> MemoryEstimate:
     """Predicted need of the train stage on each GPU of its flavor, or of another, in GiB."""
-    return need_of(spec_of(experiment, shape), shape, parallel_of(experiment, shape, flavor))
+    return need_of(spec_of(experiment, shape, flavor), shape, parallel_of(experiment, shape, flavor))
 
 
 def need_of(spec: MemorySpec, shape: ModelShape, parallel: Parallel) -> MemoryEstimate:

@@ -27,6 +27,7 @@ from pipeline.mac import estimate_mac_memory, estimate_mac_seconds, mlx_bits
 from pipeline.memory import MemoryEstimate
 from pipeline.models import ModelShape
 from pipeline.parallel import ALONE, Parallel, estimate_memory, parallel_of
+from pipeline.settled import Settled, settle
 from pipeline.traced import TracedMemory
 
 # What a section of the file says that decides the result. Flavor, timeout, budget and names do not.
@@ -67,6 +68,11 @@ class Stage:
     memory: MemoryEstimate | None = None
     parallel: Parallel = ALONE
     traced: TracedMemory | None = None
+    settled: Settled | None = None  # of training in a job
+
+    def request(self) -> dict[str, Any]:
+        """What its script is told of the GPUs in run.json, beside the experiment."""
+        return {**self.parallel.request(), **(self.settled.request() if self.settled else {})}
 
 
 @dataclass(frozen=True)
@@ -222,18 +228,20 @@ def _train_stage(experiment: Experiment, facts: Facts) -> Stage:
     train: Train = experiment.train
     if train.backend is Backend.MLX:
         return _mac_stage(experiment, facts)
+    settled = settle(experiment, facts.shape)
+    carried_out = settled.of(experiment)
     assert train.timeout is not None  # the schema asks for it
     flavor = flavor_named(train.flavor, "train")
     seconds = None
     if facts.shape and facts.dataset:
-        seconds = estimate_train_seconds(experiment, facts.shape, facts.dataset, flavor, facts.finished)
+        seconds = estimate_train_seconds(carried_out, facts.shape, facts.dataset, flavor, facts.finished)
     known = correction(facts.finished, StageName.TRAIN, train.method, gpus_of(flavor)) is not None
-    memory = estimate_memory(experiment, facts.shape) if facts.shape else None
+    memory = estimate_memory(carried_out, facts.shape) if facts.shape else None
     setup_s = setup_seconds(facts.shape) if facts.shape else 0.0
     parallel = parallel_of(experiment, facts.shape)
     cost = estimate_cost(seconds, train.timeout, flavor, setup_s, known, parallel)
     script = train.script or SCRIPTS[StageName.TRAIN]
-    return Stage(StageName.TRAIN, script, flavor, train.timeout, cost, memory, parallel, facts.traced)
+    return Stage(StageName.TRAIN, script, flavor, train.timeout, cost, memory, parallel, facts.traced, settled)
 
 
 def _mac_stage(experiment: Experiment, facts: Facts) -> Stage:

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pipeline.experiment import Method
+from pipeline.experiment import Experiment, Method
 from pipeline.plan import Plan, Stage, StageName
+from pipeline.settled import as_written
 
 RUN_SCHEMA = 1
 
@@ -38,12 +39,18 @@ def make_run_json(
         "fingerprint": plan.fingerprint,
         "stage": stage.name,
         "attempt": attempt,
-        "experiment": plan.experiment.resolved(),
+        "experiment": _carried_out(plan, on_a_job="repo" in output).resolved(),
         "inputs": dict(inputs),
         "output": dict(output),
         "predicted": predicted,
         **more,
     }
+
+
+def _carried_out(plan: Plan, on_a_job: bool) -> Experiment:
+    """The experiment with numbers for `auto`: the plan's in a job, one row at a time on a machine it does not know."""
+    settled = plan.stages[0].settled if on_a_job else None
+    return (settled or as_written(plan.experiment)).of(plan.experiment)
 
 
 def make_inputs(plan: Plan, stage: StageName, source: FindSource, artifact: FindArtifact) -> dict[str, Source]:

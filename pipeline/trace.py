@@ -10,13 +10,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from pipeline.attention import FLASH
 from pipeline.errors import Finding, Place, Severity, UserError, redact
 from pipeline.experiment import Experiment
 from pipeline.facts import Facts
-from pipeline.flavors import FLAVORS
+from pipeline.flavors import FLAVORS, Flavor
 from pipeline.memory import CUDA_CONTEXT_GIB, EXPANDABLE
 from pipeline.models import config_of
 from pipeline.parallel import Sharing, parallel_of
+from pipeline.settled import settle
 from pipeline.traced import TracedMemory
 
 # The script of this code, not of the experiment's repository: that may be a proposal, which is read and never run.
@@ -80,7 +82,17 @@ def trace_request(experiment: Experiment, facts: Facts) -> dict[str, Any]:
         why = facts.config_fault or "is not here"
         model = experiment.base.model
         raise UserError(f"the config.json of `{model}` {why}, and a trace starts from it", "add `--online` to fetch it")
-    return {"config": dict(config), "train": experiment.resolved()["train"], "gpus": flavor.gpus}
+    return {"config": dict(config), "train": _carried_out(experiment, facts, flavor), "gpus": flavor.gpus}
+
+
+def _carried_out(experiment: Experiment, facts: Facts, flavor: Flavor) -> dict[str, Any]:
+    """The section `train` as the plan carries it out: rows at once, checkpointing and attention are chosen."""
+    settled = settle(experiment, facts.shape, flavor)
+    train: dict[str, Any] = settled.of(experiment).resolved()["train"]
+    if settled.attention == FLASH:
+        loading = {**(train["sft"].get("model_init_kwargs") or {}), "attn_implementation": FLASH}
+        train["sft"] = {**train["sft"], "model_init_kwargs": loading}
+    return train
 
 
 def _answer(request: dict[str, Any]) -> str:

@@ -196,7 +196,11 @@ def test_the_gpu_comparison_trains_what_is_traced(monkeypatch: pytest.MonkeyPatc
         ([], {"config": {}}, "`None` cannot be traced"),
         ([("  epochs: 3", "  script: my/train.py")], {}, "what `my/train.py` allocates is not known"),
         ([("  lora:", "  sft: {activation_offloading: true}\n  lora:")], {}, "`train.sft.activation_offloading`"),
-        ([("  epochs: 3", "  packing: true")], {}, "packed rows need a flash-attention kernel"),
+        (
+            [("  epochs: 3", "  packing: true"), ("a10g-large", "t4-medium")],
+            {},
+            "packed rows need a flash-attention kernel",
+        ),
     ],
 )
 def test_what_cannot_be_traced_is_refused_before_any_import(
