@@ -21,6 +21,7 @@ from pipeline.facts import Facts
 from pipeline.loader import parse_experiment
 from pipeline.memory import GIB, estimate_need, spec_of
 from pipeline.models import CATALOGUE, ModelShape, config_of, shape_of
+from pipeline.settled import settle
 from pipeline.trace import trace_request
 
 SCRIPT = ROOT / "scripts/trace_memory.py"
@@ -110,12 +111,18 @@ def test_published_runs(run: str, within: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", SHAPES)
-def test_closed_form_and_trace_agree(trace: Trace, family: str) -> None:
-    shape = SHAPES[family]
-    traced = trace(request_of(shape, ALL_LINEAR))
-    closed = estimate_need(spec_of(experiment_of(ALL_LINEAR), shape), shape)
-    assert closed.allocated == pytest.approx(traced["allocated_gib"], rel=0.04)
+@pytest.mark.parametrize(
+    ("family", "flavor", "within"),
+    [*((family, "t4-medium", 0.04) for family in SHAPES), ("gemma3_text", "h200", 0.04), ("phi3", "h200", 0.06)],
+)
+def test_closed_form_and_trace_agree(trace: Trace, family: str, flavor: str, within: float) -> None:
+    """Layers recomputed, and kept: Phi 3 splits its joined projections into copies, which the closed form leaves out."""
+    shape, changes = SHAPES[family], (ALL_LINEAR, ("a10g-large", flavor))
+    traced = trace(request_of(shape, *changes))
+    settled = settle(experiment_of(*changes), shape)
+    assert settled.recomputes is (flavor == "t4-medium")
+    closed = estimate_need(spec_of(settled.of(experiment_of(*changes)), shape), shape)
+    assert closed.allocated == pytest.approx(traced["allocated_gib"], rel=within)
     assert closed.weights == pytest.approx(traced["parts"]["weights"], rel=0.01)
 
 
