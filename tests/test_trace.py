@@ -116,7 +116,7 @@ def test_published_runs(run: str, within: float) -> None:
     [*((family, "t4-medium", 0.04) for family in SHAPES), ("gemma3_text", "h200", 0.04), ("phi3", "h200", 0.06)],
 )
 def test_closed_form_and_trace_agree(trace: Trace, family: str, flavor: str, within: float) -> None:
-    """Layers recomputed, and kept: Phi 3 splits its joined projections into copies, which the closed form leaves out."""
+    """Layers recomputed, and kept: Phi 3 splits its joined projections into copies that the closed form leaves out."""
     shape, changes = SHAPES[family], (ALL_LINEAR, ("a10g-large", flavor))
     traced = trace(request_of(shape, *changes))
     settled = settle(experiment_of(*changes), shape)
