@@ -5,7 +5,8 @@
 
 Every contender trains QLoRA (r=64 on attention) for one pass over the same conversations, whose lengths are spread as
 coaching dialogues are, each in a process of its own, in turn. A token is useful when an assistant said it: what the
-experiment wants to learn. Seconds are those inside of optimizer steps, so imports and loading do not count. The SOP's
+experiment wants to learn. On a GPU seconds are those inside of optimizer steps. On a CPU they are seconds of CPU, less
+those of a run on a quarter of the rows: starting does not count, and other work on the machine hardly does. The SOP's
 script stands in benchmarks/sop_script.py with what had to be repaired. Ours runs with what a plan settles where all
 layers fit: no recomputing. benchmarks/longest_context.py says how the longest rows are found.
 """
@@ -19,7 +20,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -40,7 +43,7 @@ SMALL = {"hidden_size": 320, "intermediate_size": 896, "num_hidden_layers": 6, "
 SMALL |= {"num_key_value_heads": 5, "head_dim": 64, "max_position_embeddings": 4096}
 LORA = {"r": 64, "alpha": 128, "dropout": 0.05, "targets": list(ATTENTION), "exclude": None, "rslora": False}
 LORA |= {"dora": False, "modules_to_save": [], "rank_pattern": {}, "alpha_pattern": {}}
-HEAD = "| model | contender | useful tokens/s | against the SOP | seconds in steps | peak, GiB |"
+HEAD = "| model | contender | useful tokens/s | against the SOP | seconds | peak, GiB |"
 WORDS = [
     "the",
     "quick",
@@ -90,8 +93,9 @@ class Work:
 class Result:
     """What a contender took; `why` instead where it could not run."""
 
-    busy_s: float = 0.0
+    busy_s: float = 0.0  # inside of steps, by the wall's clock
     peak_gib: float = 0.0
+    cpu_s: float = 0.0  # of the whole process
     useful: int = 0  # assistant tokens that it learned from
     why: str = ""
 
@@ -103,10 +107,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="how often each contender runs; the median counts")
     parser.add_argument("--rows", type=int, help="conversations to train on")
     parser.add_argument("--with", dest="more", nargs="*", choices=["trl", "unsloth", "axolotl"], default=["trl"])
+    parser.add_argument("--length", type=int, help="tokens of the median conversation")
     parser.add_argument("--context", action="store_true", help="on a GPU: measure the longest rows that fit")
     arguments = parser.parse_args()
     scale = GPU if has_gpu() else CPU
-    scale = replace(scale, rows=arguments.rows or scale.rows)
+    scale = replace(scale, rows=arguments.rows or scale.rows, median=arguments.length or scale.median)
     print(f"{HEAD}\n|---|---|--:|--:|--:|--:|")
     with tempfile.TemporaryDirectory() as temporary:
         for family in arguments.models:
@@ -122,15 +127,35 @@ def main() -> None:
 def contend(work: Work, folder: Path, rounds: int, more: list[str]) -> dict[str, Result]:
     """Every contender, in turn, `rounds` times; of each the median by time."""
     runs: dict[str, list[Result]] = {}
+    few = None
+    if work.scale.device == "cpu":
+        scale = replace(work.scale, rows=work.scale.rows // 4)
+        few = replace(work, data=make_rows(folder / "few", scale), scale=scale)
     for number in range(rounds):
-        place = folder / f"round{number}"
-        runs.setdefault("the SOP's script", []).append(sop(work, place / "sop"))
-        runs.setdefault("ours, a row at a time", []).append(ours(work, place / "rows", packing=False))
-        runs.setdefault("ours, packed", []).append(ours(work, place / "packed", packing=True))
-        for name in more:
-            run = trl_sft(work, place / "trl") if name == "trl" else other(name)
-            runs.setdefault({"trl": "`trl sft`"}.get(name, name), []).append(run)
+        for name, train in contenders(more).items():
+            result = train(work, folder / f"{number}-{len(runs)}-{name[:4]}")
+            if few and not result.why:
+                result = less(result, train(few, folder / f"{number}-{len(runs)}-{name[:4]}-few"))
+            runs.setdefault(name, []).append(result)
     return {name: sorted(results, key=lambda r: r.busy_s)[len(results) // 2] for name, results in runs.items()}
+
+
+def contenders(more: list[str]) -> dict[str, Callable[[Work, Path], Result]]:
+    """Who trains, by name."""
+    always: dict[str, Callable[[Work, Path], Result]] = {
+        "the SOP's script": sop,
+        "ours, a row at a time": partial(ours, packing=False),
+        "ours, packed": partial(ours, packing=True),
+    }
+    known = {"trl": ("`trl sft`", trl_sft), "unsloth": ("Unsloth", partial(other, "unsloth"))}
+    known["axolotl"] = ("Axolotl", partial(other, "axolotl"))
+    return always | dict(known[name] for name in more)
+
+
+def less(all_rows: Result, few_rows: Result) -> Result:
+    """What the rows that the second run did not have took, in seconds of CPU."""
+    cpu_s, useful = all_rows.cpu_s - few_rows.cpu_s, all_rows.useful - few_rows.useful
+    return replace(all_rows, busy_s=cpu_s, useful=useful)
 
 
 def measured_context(work: Work, folder: Path) -> str:
@@ -155,8 +180,8 @@ def print_rows(work: Work, results: dict[str, Result]) -> None:
         if result.why:
             print(f"| {work.family} | {name} | {result.why} | | | |", flush=True)
             continue
-        speed = useful / result.busy_s
-        numbers = f"{speed:,.0f} | {speed / before:.2f} | {result.busy_s:.1f} | {result.peak_gib:.2f}"
+        speed, peak = useful / result.busy_s, f"{result.peak_gib:.2f}" if result.peak_gib else "not told"
+        numbers = f"{speed:,.0f} | {speed / before:.2f} | {result.busy_s:.1f} | {peak}"
         print(f"| {work.family} | {name} | {numbers} |", flush=True)
 
 
@@ -168,9 +193,9 @@ def sop(work: Work, folder: Path, accumulation: int = 8) -> Result:
     folder.mkdir(parents=True)
     command = [ROOT / "benchmarks/sop_script.py", work.base, work.data, folder / "out", work.scale.max_length]
     command += ["--accumulation", accumulation, *(["--cpu"] if work.scale.device == "cpu" else [])]
-    text, peak = finished([sys.executable, *command], folder)
+    text, peak, cpu_s = finished([sys.executable, *command], folder)
     told = json.loads(text.strip().splitlines()[-1])
-    return Result(told["busy_s"], told["peak_gib"] or peak)
+    return Result(told["busy_s"], told["peak_gib"] or peak, cpu_s)
 
 
 def ours(work: Work, folder: Path, packing: bool, accumulation: int | None = None) -> Result:
@@ -178,11 +203,11 @@ def ours(work: Work, folder: Path, packing: bool, accumulation: int | None = Non
     folder.mkdir(parents=True)
     # Eight rows of the SOP hold about as many tokens as two full packs.
     run = write_run(work, folder, packing, accumulation or (2 if packing else 8))
-    finished([sys.executable, ROOT / "scripts/train_sft.py", run], folder)
+    *_, cpu_s = finished([sys.executable, ROOT / "scripts/train_sft.py", run], folder)
     manifest = json.loads((folder / "out/manifest.json").read_text(encoding="utf-8"))
     metrics = manifest["metrics"]
     busy_s = metrics["tokens_seen"] / metrics["tokens_per_s"]
-    return Result(busy_s, manifest["measured"]["peak_memory_gib"], metrics["tokens_trained"])
+    return Result(busy_s, manifest["measured"]["peak_memory_gib"], cpu_s, metrics["tokens_trained"])
 
 
 def trl_sft(work: Work, folder: Path) -> Result:
@@ -196,26 +221,30 @@ def trl_sft(work: Work, folder: Path) -> Result:
     config |= {"gradient_accumulation_steps": 8, "optim": "adamw_8bit", "save_strategy": "no", "report_to": "none"}
     config |= {"use_cpu": work.scale.device == "cpu", "disable_tqdm": True, "packing": work.scale.device == "cuda"}
     (folder / "trl.yaml").write_text(json.dumps(config, default=list), encoding="utf-8")
-    text, peak = finished([Path(sys.executable).with_name("trl"), "sft", "--config", folder / "trl.yaml"], folder)
+    text, peak, cpu_s = finished(
+        [Path(sys.executable).with_name("trl"), "sft", "--config", folder / "trl.yaml"], folder
+    )
     told = re.findall(r"'train_runtime': '?([0-9.]+)", text)
-    return Result(float(told[-1]), peak if work.scale.device == "cpu" else 0.0) if told else Result(why="told no time")
+    if not told:
+        return Result(why="told no time")
+    return Result(float(told[-1]), peak if work.scale.device == "cpu" else 0.0, cpu_s)
 
 
-def other(name: str) -> Result:
+def other(name: str, _: Work, __: Path) -> Result:
     """A contender that pins libraries of its own."""
     return Result(why="not measured: it needs an environment of its own" if find_spec(name) else "not installed")
 
 
-def finished(command: list[Any], folder: Path) -> tuple[str, float]:
-    """Standard output and peak resident GiB of a process that must succeed."""
-    # As `mergetune run` does: OpenMP threads that spin would measure the machine's other load.
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+def finished(command: list[Any], folder: Path) -> tuple[str, float, float]:
+    """Standard output, peak resident GiB and CPU seconds of a process that must succeed, with its children."""
+    # One thread: threads that wait for each other would measure the machine's other load.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with (folder / "log").open("w") as log, (folder / "errors").open("w") as errors:
         child = subprocess.Popen([str(part) for part in command], stdout=log, stderr=errors, env=environment)
         _, status, usage = os.wait4(child.pid, 0)
     if status:
         raise SystemExit((folder / "log").read_text()[-1500:] + (folder / "errors").read_text()[-3000:])
-    return (folder / "log").read_text(), usage.ru_maxrss / 2**20
+    return (folder / "log").read_text(), usage.ru_maxrss / 2**20, usage.ru_utime + usage.ru_stime
 
 
 def write_run(work: Work, folder: Path, packing: bool, accumulation: int) -> Path:
