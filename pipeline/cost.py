@@ -12,9 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.attention import FLASH, attention_of
 from pipeline.dataset_facts import DatasetFacts
 from pipeline.experiment import Experiment, Method, Train
 from pipeline.facts import FinishedRun
+from pipeline.fields import rows_at_once
 from pipeline.flavors import CONTAINER_START_S, FLAVORS, Flavor
 from pipeline.models import ModelShape
 from pipeline.parallel import ALONE, Parallel, Sharing, parallel_of
@@ -28,7 +30,7 @@ CPU_TFLOPS_PER_VCPU = 0.03  # what fp32 training of a small model reaches on one
 # Part of the rate that adapters reach, by billions of parameters; full training has larger matrix products to do.
 UTILISATION = ((3, 0.31), (10, 0.45), (math.inf, 0.52))
 UTILISATION_FULL = 0.52
-LAUNCH_S_PER_LAYER = 0.005  # a micro-batch never takes less: the GPU waits for Python
+LAUNCH_S_PER_LAYER = 0.005  # a micro-batch never takes less: the GPU waits for Python; a third of it to recompute
 DEQUANT_S_PER_WEIGHT = 32e-12  # 4-bit to bf16, three times a micro-batch, at the A100's memory bandwidth
 PACKED = 0.97  # part of a packed row that best-fit-decreasing fills
 STAGE_BYTES_PER_S = {"merge": 100e6, "gguf": 45e6, "evaluate": 30e6}  # of base weights in bf16, on 8 vCPUs
@@ -74,7 +76,7 @@ def estimate_train_seconds(
 ) -> float:
     """Seconds of training on the GPUs of a flavor, corrected by runs of the same kind."""
     train, parallel = experiment.train, parallel_of(experiment, shape, flavor)
-    batches, length = count_batches(experiment, data)
+    batches, length = count_batches(experiment, data, padded=attention_of(train, shape, flavor) != FLASH)
     each = _micro_batch_seconds(train, shape, length, flavor)
     if parallel.gpus > 1:
         each = max(each, _link_seconds(train.method, shape, flavor, parallel)) / (parallel.gpus * SEVERAL)
@@ -82,10 +84,10 @@ def estimate_train_seconds(
     return batches * each * (ratio or 1.0)
 
 
-def count_batches(experiment: Experiment, data: DatasetFacts) -> tuple[float, float]:
+def count_batches(experiment: Experiment, data: DatasetFacts, padded: bool = True) -> tuple[float, float]:
     """Micro-batches of the whole training, evaluating included, and the tokens each row of them is long."""
     train = experiment.train
-    per_pass, length = _micro_batches(experiment, data)
+    per_pass, length = _micro_batches(experiment, data, padded)
     batches = per_pass * train.epochs if train.max_steps is None else train.max_steps * train.gradient_accumulation
     return batches + _evaluating(experiment, data, per_pass, batches), length
 
@@ -157,19 +159,19 @@ def correction(finished: Iterable[FinishedRun], stage: str, method: str, gpu: st
     return min(max(statistics.median(ratios), low), high)
 
 
-def _micro_batches(experiment: Experiment, data: DatasetFacts) -> tuple[float, float]:
-    """Micro-batches of one pass, and the tokens each row of them is long, padding included."""
-    train = experiment.train
+def _micro_batches(experiment: Experiment, data: DatasetFacts, padded: bool) -> tuple[float, float]:
+    """Micro-batches of one pass, and the tokens each row of them is long, padding included where there is any."""
+    train, at_once = experiment.train, rows_at_once(experiment.train.batch_size)
     tokens = estimate_tokens(experiment, data)
     counted = data.tokens
     rows = counted.sequences if counted else data.training_rows
     if train.packing:
-        return math.ceil(tokens / (train.max_length * PACKED)) / train.batch_size, train.max_length
-    mean, together = tokens / max(rows * _answers(train), 1), train.batch_size * _answers(train)
+        return math.ceil(tokens / (train.max_length * PACKED)) / at_once, train.max_length
+    mean, together = tokens / max(rows * _answers(train), 1), at_once * _answers(train)
     longest = min(counted.longest if counted else 2 * mean, train.max_length)
     # The longest of n rows, were their lengths spread evenly between 0 and twice the mean; capped at the longest row.
-    padded = mean * 2 * together / (together + 1)
-    return rows / train.batch_size, max(mean, min(padded, longest))
+    longest = min(mean * 2 * together / (together + 1), longest)
+    return rows / at_once, max(mean, longest) if padded else mean
 
 
 def _evaluating(experiment: Experiment, data: DatasetFacts, per_pass: float, batches: float) -> float:
@@ -182,7 +184,7 @@ def _evaluating(experiment: Experiment, data: DatasetFacts, per_pass: float, bat
     epoch = math.ceil(per_pass / train.gradient_accumulation)
     steps = math.ceil(batches / train.gradient_accumulation)
     every = max(1, min(epoch, train.save_steps * math.ceil(steps / train.save_steps / 10)))
-    return (steps // every) * rows / train.batch_size / (2 if train.is_dpo else 3)
+    return (steps // every) * rows / rows_at_once(train.batch_size) / (2 if train.is_dpo else 3)
 
 
 def _answers(train: Train) -> int:
@@ -191,7 +193,7 @@ def _answers(train: Train) -> int:
 
 
 def _micro_batch_seconds(train: Train, shape: ModelShape, length: float, flavor: Flavor) -> float:
-    """Seconds of forward, recomputed forward and backward of one micro-batch.
+    """Seconds of forward, recomputed forward (unless checkpointing is off) and backward of one micro-batch.
 
     6 FLOP per weight and token (8 where the weights have gradients too). An attended pair costs 8 per query element;
     fused attention keeps the GPU twice as busy as the matrix products do, so it counts half. Preference tuning runs
@@ -199,14 +201,16 @@ def _micro_batch_seconds(train: Train, shape: ModelShape, length: float, flavor:
     """
     applied = shape.layers * (shape.attention + shape.mlp_matrices * shape.hidden * shape.active_intermediate)
     weights = applied + shape.vocab * shape.hidden
-    full, rows = train.method is Method.FULL, train.batch_size * _answers(train)
+    full, rows = train.method is Method.FULL, rows_at_once(train.batch_size) * _answers(train)
+    kept = train.sft.get("gradient_checkpointing") is False
     passes = 4 / 3 if train.is_dpo else 1.0
-    per_token = (8 if full else 6) * weights + 4 * length * shape.query * shape.layers
+    per_token = ((8 if full else 6) - 2 * kept) * weights + 4 * length * shape.query * shape.layers
     flop = passes * per_token * length * rows
     if flavor.gpu is None:
         return flop / (CPU_TFLOPS_PER_VCPU * flavor.vcpus * 1e12)
     part = UTILISATION_FULL if full else next(u for limit, u in UTILISATION if shape.parameters < limit * 1e9)
-    seconds = max(flop / (TFLOPS[flavor.gpu] * 1e12 * part), LAUNCH_S_PER_LAYER * shape.layers * passes)
+    launched = LAUNCH_S_PER_LAYER * shape.layers * passes * (2 / 3 if kept else 1)
+    seconds = max(flop / (TFLOPS[flavor.gpu] * 1e12 * part), launched)
     if train.quantised:
         quantised = shape.linear - shape.expert_linear - shape.other_linear
         seconds += passes * quantised * DEQUANT_S_PER_WEIGHT * GB_PER_S["A100"] / GB_PER_S[flavor.gpu]

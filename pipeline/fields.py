@@ -3,15 +3,16 @@
 import re
 from collections.abc import Callable
 from pathlib import PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, WithJsonSchema, WrapValidator
 from pydantic_core import PydanticCustomError
 
 from pipeline.errors import excerpt
 from pipeline.yaml_text import Plain, resolve_plain
 
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+AUTO: Literal["auto"] = "auto"
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?")
 # The Hub's rule for `namespace/name`: word characters, `.` and `-`, 96 characters, no `--` or `..`.
 REVISION = r"^[\w./-]{1,128}$"
@@ -125,6 +126,20 @@ def _whole(value: Any) -> Any:
     return value
 
 
+def rows_at_once(batch_size: int | Literal["auto"]) -> int:
+    """Rows of a micro-batch. `auto` counts as one: how a step's rows are split does not change what is learned."""
+    return 1 if batch_size == AUTO else batch_size
+
+
+def _batch(value: Any, _: Any) -> int | Literal["auto"]:
+    """Not a plain union: its errors would name both sides."""
+    if value == AUTO:
+        return AUTO
+    if isinstance(value, str) and not re.fullmatch(r"[-+]?[0-9.]+", value):
+        raise fault(f"`{excerpt(value)}` is no number of rows", "write a whole number such as `1`, or `auto`")
+    return _COUNT.validate_python(value)
+
+
 def _targets(value: Any) -> Any:
     if isinstance(value, str) and value != "all-linear":
         raise fault(f"`{excerpt(value)}` is not a list", f"write `[{excerpt(value)}]`, or `all-linear`")
@@ -162,3 +177,6 @@ Targets = Annotated[Annotated[str, Field(pattern="^all-linear$")] | list[str], B
 WHOLE = BeforeValidator(_whole)
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(gt=0), WHOLE]
+_COUNT: TypeAdapter[int] = TypeAdapter(PositiveInt)
+_BATCH_SCHEMA = WithJsonSchema({"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"const": AUTO}]})
+BatchSize = Annotated[int | Literal["auto"], WrapValidator(_batch), _BATCH_SCHEMA]

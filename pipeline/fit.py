@@ -1,5 +1,6 @@
 """Which hardware a training fits, and how long its rows may be. Decides from shapes and prices; measures nothing."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from pipeline.experiment import Experiment
@@ -25,27 +26,32 @@ class Fit:
         return dict(self.needs)[length].fits(self.flavor)
 
 
-def fit_table(spec: MemorySpec, shape: ModelShape, lengths: tuple[int, ...] = LENGTHS) -> tuple[Fit, ...]:
+def fit_table(
+    spec: Callable[[Flavor], MemorySpec], shape: ModelShape, lengths: tuple[int, ...] = LENGTHS
+) -> tuple[Fit, ...]:
     """Every single-GPU flavor, cheapest first, with what training needs at each length."""
-    one = replace(spec, gpus=1)
-    needs = tuple((length, estimate_need(replace(one, seq=length), shape)) for length in lengths)
-    return tuple(Fit(flavor, needs, _largest(one, shape, flavor, ALONE)) for flavor in gpu_flavors())
+    return tuple(_fit(replace(spec(flavor), gpus=1), shape, flavor, lengths) for flavor in gpu_flavors())
 
 
 def largest_max_length(experiment: Experiment, shape: ModelShape, flavor: Flavor) -> int | None:
     """The largest `max_length` with which this experiment surely fits the flavor; None when none does."""
-    return _largest(spec_of(experiment, shape), shape, flavor, parallel_of(experiment, shape, flavor))
+    return _largest(spec_of(experiment, shape, flavor), shape, flavor, parallel_of(experiment, shape, flavor))
 
 
 def cheapest_flavor(experiment: Experiment, shape: ModelShape) -> Flavor | None:
     """The cheapest single-GPU flavor that this experiment surely fits; else the cheapest with several; or None."""
-    need = estimate_need(replace(spec_of(experiment, shape), gpus=1), shape)
-    if one := next((flavor for flavor in gpu_flavors() if need.fits(flavor)), None):
-        return one
+    for flavor in gpu_flavors():
+        if estimate_need(replace(spec_of(experiment, shape, flavor), gpus=1), shape).fits(flavor):
+            return flavor
     batches, nodes, one_only = experiment.train.gradient_accumulation, experiment.train.nodes, experiment.train.is_dpo
     several = [f for f in FLAVORS.values() if f.gpus > 1 and batches % (f.gpus * nodes) == 0 and not one_only]
     fitting = [f for f in several if estimate_memory(experiment, shape, f).fits(f)]
     return min(fitting, key=lambda flavor: flavor.usd_per_hour, default=None)
+
+
+def _fit(spec: MemorySpec, shape: ModelShape, flavor: Flavor, lengths: tuple[int, ...]) -> Fit:
+    needs = tuple((length, estimate_need(replace(spec, seq=length), shape)) for length in lengths)
+    return Fit(flavor, needs, _largest(spec, shape, flavor, ALONE))
 
 
 def _largest(spec: MemorySpec, shape: ModelShape, flavor: Flavor, parallel: Parallel) -> int | None:

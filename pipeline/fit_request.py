@@ -1,5 +1,6 @@
 """What `mergetune fit` is asked: an experiment file, a base of the catalogue, or a folder. Prints nothing."""
 
+from functools import partial
 from pathlib import Path
 
 from pipeline.errors import UserError
@@ -25,7 +26,7 @@ def fit_of_experiment(path: Path) -> tuple[str, tuple[Fit, ...]]:
     shape = read_facts(experiment, root).shape
     if shape is None:
         raise _unknown(experiment.base.model)
-    return f"Fit of `{experiment.name}`", fit_table(spec_of(heaviest(experiment, shape), shape), shape)
+    return f"Fit of `{experiment.name}`", fit_table(partial(spec_of, heaviest(experiment, shape), shape), shape)
 
 
 def fit_of_model(model: str, method: str, rank: int) -> tuple[str, tuple[Fit, ...]]:
@@ -42,7 +43,7 @@ def fit_of_model(model: str, method: str, rank: int) -> tuple[str, tuple[Fit, ..
         raise _unknown(model)
     pairs = method == Method.DPO
     spec = MemorySpec(seq=1, micro_batch=2 if pairs else 1, padded=pairs, method=Method(method), rank=rank)
-    return f"Fit of `{model}`, {method}, rank {rank}", fit_table(spec, shape)
+    return f"Fit of `{model}`, {method}, rank {rank}", fit_table(lambda _: spec, shape)
 
 
 def _unknown(model: str) -> UserError:

@@ -26,6 +26,11 @@ class Flavor:
         """Jobs are billed by the minute."""
         return self.usd_per_hour / 60
 
+    @property
+    def has_flash(self) -> bool:
+        """Flash attention is built for Ampere (A100, A10G) and what came after; a T4 is older."""
+        return self.gpu is not None and self.gpu != "T4"
+
 
 # What a process can allocate on one GPU (the total CUDA reports), GiB: from out-of-memory messages and driver reports.
 T4, L4, A10G, L40S, A100, H200, RTX = 14.56, 22.0, 22.06, 44.4, 79.15, 139.7, 95.0

@@ -24,6 +24,7 @@ from pipeline.apple import CHIPS, MEMORY_GB, WIRED, Chip
 from pipeline.cost import count_batches
 from pipeline.dataset_facts import DatasetFacts
 from pipeline.experiment import Experiment, Lora
+from pipeline.fields import rows_at_once
 from pipeline.memory import GIB, MemoryEstimate
 from pipeline.models import ModelShape
 
@@ -74,7 +75,8 @@ def estimate_mac_seconds(
 ) -> float:
     """Seconds of training on one chip. A batch of few tokens takes as long as reading the weights does."""
     batches, length = count_batches(experiment, data)
-    computing = experiment.train.batch_size * length * _flop(experiment, shape, length) / (chip.tflops * 1e12 * PART)
+    rows = rows_at_once(experiment.train.batch_size)
+    computing = rows * length * _flop(experiment, shape, length) / (chip.tflops * 1e12 * PART)
     times = 1 + learning_layers(experiment, shape) / shape.layers  # forward, and back to the first layer that learns
     reading = times * _weight_bytes(shape, bits or 16) / (chip.gb_per_s * 1e9)
     return batches * max(computing, reading)
@@ -95,10 +97,10 @@ def estimate_mac_memory(experiment: Experiment, shape: ModelShape, bits: int) ->
     train = experiment.train
     lora, learning = train.lora or Lora(), learning_layers(experiment, shape)
     targets = None if isinstance(lora.targets, str) else tuple(lora.targets)
-    tokens = train.batch_size * train.max_length
+    tokens = rows_at_once(train.batch_size) * train.max_length
     trained = shape.lora_parameters(lora.r, targets) * learning / shape.layers
     layer = tokens * _kept_bytes(shape, targets)
-    scores = SCORE_BYTES * shape.head_count * train.max_length**2 * train.batch_size
+    scores = SCORE_BYTES * shape.head_count * train.max_length**2 * rows_at_once(train.batch_size)
     alive, inputs = (1, 2 * learning * tokens * shape.hidden) if recomputes(experiment) else (learning, 0)
     return MemoryEstimate(
         weights=_weight_bytes(shape, bits) / GIB,

@@ -12,9 +12,10 @@ TRL 1.16, and checked against published measurements: `benchmarks/memory.py` pri
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
+from pipeline.attention import FLASH, attention_of
 from pipeline.experiment import Experiment, Lora, Method
+from pipeline.fields import rows_at_once
 from pipeline.flavors import FLAVORS, Flavor
 from pipeline.models import MLP, ModelShape
 
@@ -60,6 +61,7 @@ class MemorySpec:
     offload: bool = False  # activations wait in host memory
     attention: str = "sdpa"  # sdpa, eager, or a flash kernel
     padded: bool = False  # rows of different lengths in one batch: sdpa gets a mask
+    flat: bool = False  # packed, or end to end without padding: one sequence, and sdpa gets a mask as large
     loss: Loss = Loss.FUSED
     logit_bytes: float = 12  # of full logits alive at once: log-softmax, its gradient, the gradient of the pick
     other_bytes: int = 2  # of embeddings, norms, head and the residual stream: 4 when `dtype` is left unset
@@ -75,6 +77,11 @@ class MemorySpec:
     def tokens(self) -> int:
         """In one forward pass."""
         return self.seq * self.micro_batch
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of tokens that attention writes a number for, where it does."""
+        return self.tokens**2 if self.flat else self.seq * self.tokens
 
     @property
     def casts(self) -> bool:
@@ -145,17 +152,17 @@ def estimate_need(spec: MemorySpec, shape: ModelShape) -> MemoryEstimate:
     )
 
 
-def spec_of(experiment: Experiment, shape: ModelShape) -> MemorySpec:
-    """What an experiment says about memory; the defaults are those of scripts/train_sft.py."""
+def spec_of(experiment: Experiment, shape: ModelShape, flavor: Flavor | None = None) -> MemorySpec:
+    """What an experiment says about memory, on a flavor; the defaults are those of scripts/train_sft.py."""
     train, sft = experiment.train, experiment.train.sft
     lora, qlora = train.lora or Lora(), train.quantised
-    loading: Any = sft.get("model_init_kwargs")
-    said = loading.get("attn_implementation") if isinstance(loading, dict) else None
-    flavor = FLAVORS.get(train.flavor)
+    flavor, rows = flavor or FLAVORS.get(train.flavor), rows_at_once(train.batch_size)
+    attention = attention_of(train, shape, flavor)
+    flat = train.packing or (rows > 1 and (sft.get("padding_free") is True or attention == FLASH))
     full_logits = bool(sft.get("label_smoothing_factor")) and not train.is_dpo
     return MemorySpec(
         seq=train.max_length,
-        micro_batch=train.batch_size * (2 if train.is_dpo else 1),  # chosen and rejected in one pass
+        micro_batch=rows * (2 if train.is_dpo else 1),  # chosen and rejected in one pass
         method=train.method,
         linear="nf4-dq" if qlora else "bf16",
         rank=max([lora.r, *lora.rank_pattern.values()]),
@@ -164,8 +171,9 @@ def spec_of(experiment: Experiment, shape: ModelShape) -> MemorySpec:
         optimizer=str(sft.get("optim", "adamw_8bit" if qlora else "adamw_torch_fused")),
         checkpointing=sft.get("gradient_checkpointing") is not False,
         offload=sft.get("activation_offloading") is True,
-        attention=str(said or ("eager" if shape.refuses_sdpa else "sdpa")),
-        padded=train.is_dpo or (train.batch_size > 1 and not train.packing and sft.get("padding_free") is not True),
+        attention=attention,
+        padded=train.is_dpo or (rows > 1 and not flat),
+        flat=flat and not train.is_dpo,
         loss=Loss.LOGITS if full_logits else Loss.FUSED,
         dropout=lora.dropout > 0 and (not train.is_dpo or sft.get("disable_dropout") is False),
         dora=lora.dora,
@@ -223,7 +231,7 @@ def _checkpoints(spec: MemorySpec, shape: ModelShape) -> float:
         per_token += (2 if spec.autocast else 4) * shape.lora_inputs(spec.targets)
     else:
         per_token += 2 * h + (2 * h + 2 * i if spec.on_mlp else 0)
-    scores = 6 * shape.head_count * spec.seq**2 * spec.micro_batch if spec.attention == "eager" else 0
+    scores = 6 * shape.head_count * spec.pairs if spec.attention == "eager" else 0
     return shape.layers * (spec.tokens * (per_token + _dropout(spec, shape)) * _wider(spec) + scores)
 
 
@@ -266,16 +274,15 @@ def _wider(spec: MemorySpec) -> float:
 
 
 def _masked(spec: MemorySpec, shape: ModelShape) -> bool:
-    """sdpa gets a mask: rows of different lengths in a batch, or a window shorter than the row."""
-    return spec.attention == "sdpa" and (spec.padded or 0 < shape.window <= spec.seq)
+    """sdpa gets a mask: several rows in a batch, padded or end to end, or a window shorter than the row."""
+    return spec.attention == "sdpa" and (spec.padded or spec.flat or 0 < shape.window <= spec.seq)
 
 
 def _scores(spec: MemorySpec, shape: ModelShape) -> float:
     """Bytes that grow with the square of the length: eager scores in bf16 and fp32 with gradients, or sdpa's mask."""
-    square = spec.seq**2 * spec.micro_batch
     if spec.attention == "eager":
-        return 10.0 * shape.head_count * square
-    return 4.0 * square if _masked(spec, shape) else 0.0
+        return 10.0 * shape.head_count * spec.pairs
+    return 4.0 * spec.pairs if _masked(spec, shape) else 0.0
 
 
 def _head(spec: MemorySpec, shape: ModelShape) -> float:

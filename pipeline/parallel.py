@@ -86,7 +86,7 @@ def parallel_of(experiment: Experiment, shape: ModelShape | None, flavor: Flavor
     if train.method is Method.FULL:
         return Parallel(processes, Sharing.PARTS, train.nodes)
     if not train.quantised and shape is not None and flavor.gpus:
-        copies = estimate_need(replace(spec_of(experiment, shape), gpus=processes), shape)
+        copies = estimate_need(replace(spec_of(experiment, shape, flavor), gpus=processes), shape)
         if copies.fits(flavor) is not True:
             return Parallel(processes, Sharing.PARTS, train.nodes)
     return Parallel(processes, Sharing.COPIES, train.nodes)
@@ -94,7 +94,7 @@ def parallel_of(experiment: Experiment, shape: ModelShape | None, flavor: Flavor
 
 def estimate_memory(experiment: Experiment, shape: ModelShape, flavor: Flavor | None = None) -> MemoryEstimate:
     """Predicted need of the train stage on each GPU of its flavor, or of another, in GiB."""
-    return need_of(spec_of(experiment, shape), shape, parallel_of(experiment, shape, flavor))
+    return need_of(spec_of(experiment, shape, flavor), shape, parallel_of(experiment, shape, flavor))
 
 
 def need_of(spec: MemorySpec, shape: ModelShape, parallel: Parallel) -> MemoryEstimate:

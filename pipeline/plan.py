@@ -27,6 +27,7 @@ from pipeline.mac import estimate_mac_memory, estimate_mac_seconds, mlx_bits
 from pipeline.memory import MemoryEstimate
 from pipeline.models import ModelShape
 from pipeline.parallel import ALONE, Parallel, estimate_memory, parallel_of
+from pipeline.settled import Settled, settle
 from pipeline.sweep_plan import VariantEstimate, affordable_seconds, estimate_variants, sweep_seconds
 from pipeline.traced import TracedMemory
 
@@ -69,7 +70,12 @@ class Stage:
     memory: MemoryEstimate | None = None
     parallel: Parallel = ALONE
     traced: TracedMemory | None = None
+    settled: Settled | None = None  # of training in a job; of a sweep each variant has its own
     variants: tuple[VariantEstimate, ...] = ()  # of a sweep: `memory` is that of the largest, `cost` of all
+
+    def request(self) -> dict[str, Any]:
+        """What its script is told of the GPUs in run.json, beside the experiment."""
+        return {**self.parallel.request(), **(self.settled.request() if self.settled else {})}
 
     @property
     def usd_per_minute(self) -> float:
@@ -241,16 +247,18 @@ def _train_stage(experiment: Experiment, facts: Facts) -> Stage:
     flavor = flavor_named(train.flavor, "train")
     if experiment.sweep:
         return _sweep_stage(experiment, facts, flavor, train.timeout)
+    settled = settle(experiment, facts.shape)
+    carried_out = settled.of(experiment)
     seconds = None
     if facts.shape and facts.dataset:
-        seconds = estimate_train_seconds(experiment, facts.shape, facts.dataset, flavor, facts.finished)
+        seconds = estimate_train_seconds(carried_out, facts.shape, facts.dataset, flavor, facts.finished)
     known = correction(facts.finished, StageName.TRAIN, train.method, gpus_of(flavor, train.nodes)) is not None
-    memory = estimate_memory(experiment, facts.shape) if facts.shape else None
+    memory = estimate_memory(carried_out, facts.shape) if facts.shape else None
     setup_s = setup_seconds(facts.shape) if facts.shape else 0.0
     parallel = parallel_of(experiment, facts.shape)
     cost = estimate_cost(seconds, train.timeout, flavor, setup_s, known, parallel)
     script = train.script or SCRIPTS[StageName.TRAIN]
-    return Stage(StageName.TRAIN, script, flavor, train.timeout, cost, memory, parallel, facts.traced)
+    return Stage(StageName.TRAIN, script, flavor, train.timeout, cost, memory, parallel, facts.traced, settled)
 
 
 def _sweep_stage(experiment: Experiment, facts: Facts, flavor: Flavor, timeout_s: int) -> Stage:
@@ -263,7 +271,7 @@ def _sweep_stage(experiment: Experiment, facts: Facts, flavor: Flavor, timeout_s
     cost = estimate_cost(seconds, timeout_s, flavor, setup_s, known, parallel)
     largest = max((one.memory for one in variants if one.memory), key=lambda need: need.total, default=None)
     script = SCRIPTS[StageName.TRAIN]
-    return Stage(StageName.TRAIN, script, flavor, timeout_s, cost, largest, parallel, facts.traced, variants)
+    return Stage(StageName.TRAIN, script, flavor, timeout_s, cost, largest, parallel, facts.traced, variants=variants)
 
 
 def _mac_stage(experiment: Experiment, facts: Facts) -> Stage:

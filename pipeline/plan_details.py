@@ -1,6 +1,7 @@
 """The folded part of the plan comment: memory by part, flavors that fit, basis of the estimates, every setting."""
 
 import json
+from functools import partial
 
 from pipeline.cost import estimate_cost, estimate_train_seconds, setup_seconds
 from pipeline.errors import redact
@@ -10,10 +11,12 @@ from pipeline.flavors import AS_OF, CONTAINER_START_S
 from pipeline.markdown import code, fence, money, prose, table
 from pipeline.memory import spec_of
 from pipeline.models import ModelShape
+from pipeline.parallel import ALONE, need_of
 from pipeline.plan import Plan
 from pipeline.plan_changes import decides, flat, shown
-from pipeline.plan_preview import Preview, gpus_line, traced_line
+from pipeline.plan_preview import Preview, gpus_line, settled_line, traced_line
 from pipeline.progress import duration
+from pipeline.settled import settle
 from pipeline.sweep_plan import estimate_variants, heaviest, sweep_seconds
 from pipeline.traced import TracedMemory
 
@@ -61,7 +64,7 @@ def flavors_that_fit(preview: Preview) -> str:
     if plan is None or shape is None or plan.stages[0].flavor.gpu is None:
         return ""
     length = plan.experiment.train.max_length
-    fits = fit_table(spec_of(heaviest(plan.experiment, shape), shape), shape, (length,))
+    fits = fit_table(partial(spec_of, heaviest(plan.experiment, shape), shape), shape, (length,))
     rows = [_flavor_row(fit, preview, plan, shape) for fit in fits if fit.verdict(length) is not False]
     if not rows:
         return "No single-GPU flavor fits this training."
@@ -94,6 +97,8 @@ def estimate_basis(preview: Preview) -> str:
         lines.append(f"- **Memory**: {known}; not measured.")
     if shared := gpus_line(plan):
         lines.append(f"- **GPUs**: {shared}")
+    if chosen := settled_line(train):
+        lines.append(f"- **Chosen by the estimate**: {chosen}")
     lines.append(f"- **Tokens**: {_token_basis(preview)}.")
     # On a Mac the training's own section says how wide its band is, and why.
     band = (plan.stages[-1] if train.flavor.local else train).cost.band
@@ -128,10 +133,10 @@ def _setting(keys: tuple[str, ...], value: object, said: bool) -> str:
 
 
 def _flavor_row(fit: Fit, preview: Preview, plan: Plan, shape: ModelShape) -> tuple[str, ...]:
-    flavor, experiment = fit.flavor, plan.experiment
-    length = experiment.train.max_length
+    flavor, length = fit.flavor, plan.experiment.train.max_length
+    experiment = settle(plan.experiment, shape, flavor).of(plan.experiment)
     name = f"**`{flavor.name}`**, chosen" if flavor == plan.stages[0].flavor else f"`{flavor.name}`"
-    need = dict(fit.needs)[length]
+    need = need_of(spec_of(experiment, shape, flavor), shape, ALONE)
     data = preview.facts.dataset
     time, cost = "not known", "not known"
     if data is not None:

@@ -126,6 +126,7 @@ def render_plan(preview: Preview) -> str:
         _data_line(preview.facts.dataset),
         _memory_line(train),
         gpus_line(plan),
+        settled_line(train),
         "\n".join(f"- {words}" for words in mac_lines(plan, preview.facts)),
         traced_line(train),
         _changes_line(preview.changes),
@@ -138,16 +139,16 @@ def render_plan(preview: Preview) -> str:
 
 def gpus_line(plan: Plan) -> str:
     """How several GPUs share a step, and that the result does not depend on it; empty for one."""
-    train, parallel = plan.experiment.train, plan.stages[0].parallel
-    if parallel.gpus < 2:
+    parallel, settled = plan.stages[0].parallel, plan.stages[0].settled
+    if parallel.gpus < 2 or settled is None:
         return ""
     held = "a part of the model" if parallel.sharing is Sharing.PARTS else "all of the model"
-    total, share = train.gradient_accumulation, train.gradient_accumulation / parallel.gpus
+    total, share = settled.accumulation, settled.accumulation / parallel.gpus
     whom = "GPU" if plan.stages[0].flavor.gpus else "machine"
     who = plural(parallel.gpus, whom)
     shared = (
         f"{who} share each step ({parallel.sharing}: each holds {held}), {share:g} of its {total} "
-        f"batches of {plural(train.batch_size, 'row')} for each: one {whom} would learn the same."
+        f"batches of {plural(settled.batch, 'row')} for each: one {whom} would learn the same."
     )
     return f"{nodes_line(plan.stages[0])} {shared}".strip()
 
@@ -160,6 +161,12 @@ def nodes_line(train: Stage) -> str:
     gpus = f" × {plural(parallel.per_node, 'GPU')}" if train.flavor.gpus else ""
     price = f"{money(60 * train.usd_per_minute)}/h"
     return f"{parallel.nodes} nodes{gpus} ({parallel.sharing}), {price}: a job each, one attempt together."
+
+
+def settled_line(train: Stage) -> str:
+    """What the estimate chose for this GPU without changing what is learned; empty where it chose nothing."""
+    chosen = train.settled.words if train.settled else ()
+    return f"On `{train.flavor.name}`: {'; '.join(chosen)}." if chosen else ""
 
 
 def traced_line(train: Stage) -> str:

@@ -18,7 +18,7 @@ from pipeline.backends.local import LocalRun
 from pipeline.errors import UserError
 from pipeline.experiment import Backend, Experiment
 from pipeline.facts import Facts
-from pipeline.fields import is_path
+from pipeline.fields import is_path, rows_at_once
 from pipeline.loader import ExperimentFile
 from pipeline.local_run import run_locally
 from pipeline.parallel import Parallel, parallel_of
@@ -230,7 +230,7 @@ def _changed(experiment: Experiment, data: _Data, big: bool) -> dict[str, Any]:
     values["train"] |= {
         "max_steps": STEPS,
         "save_steps": 1,
-        "batch_size": 1 if big else min(train.batch_size, BATCH),
+        "batch_size": 1 if big else min(rows_at_once(train.batch_size), BATCH),
         "gradient_accumulation": min(train.gradient_accumulation, ACCUMULATION),
         "tracking": "none",
     }

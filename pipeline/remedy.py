@@ -12,6 +12,7 @@ from pipeline.pace import read_pace
 from pipeline.parallel import estimate_memory
 from pipeline.plan import Plan, Stage, StageName
 from pipeline.remedy_gpu import fewer_rows, larger_gpu, measured, shorter_rows
+from pipeline.settled import as_written
 
 # What stands in a fix where no experiment is known.
 NOBODYS = {
@@ -65,8 +66,10 @@ def _gpu_memory(found: Diagnosis, plan: Plan, stage: Stage, log: str) -> str:
         return ""
     if stage.name is not StageName.TRAIN:
         return _flavor_edit(stage, cheapest_host(stage.name, experiment, shape, stage.flavor))
-    seen = measured(experiment, shape, stage.flavor, found.evidence)
-    ways = [shorter_rows(seen), fewer_rows(seen), _flavor_edit(stage, larger_gpu(seen))]
+    settled = stage.settled or as_written(experiment)
+    seen = measured(settled.of(experiment), shape, stage.flavor, found.evidence)
+    ways = ["" if settled.recomputes else "`train.sft: {gradient_checkpointing: true}`"]
+    ways += [shorter_rows(seen), fewer_rows(seen), _flavor_edit(stage, larger_gpu(seen))]
     text = ", or ".join(way for way in ways if way)
     if not experiment.train.sft.get("label_smoothing_factor"):
         return text

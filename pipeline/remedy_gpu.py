@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.experiment import Experiment
+from pipeline.fields import rows_at_once
 from pipeline.fit import STEP
 from pipeline.flavors import Flavor, gpu_flavors
 from pipeline.memory import BAND
@@ -54,7 +55,8 @@ def shorter_rows(seen: Measured) -> str:
 
 def fewer_rows(seen: Measured) -> str:
     """The most rows at once that fit and divide the batch, so that each update still sees as many."""
-    rows, steps = seen.experiment.train.batch_size, seen.experiment.train.gradient_accumulation
+    train = seen.experiment.train
+    rows, steps = rows_at_once(train.batch_size), train.gradient_accumulation
     for fewer in range(rows - 1, 0, -1):
         if rows * steps % fewer == 0 and seen.fits(seen.flavor, batch_size=fewer):
             accumulate = f"`train.gradient_accumulation: {steps} → {rows * steps // fewer}`"

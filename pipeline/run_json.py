@@ -3,8 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pipeline.experiment import Method
+from pipeline.experiment import Experiment, Method
 from pipeline.plan import Plan, Stage, StageName
+from pipeline.settled import as_written, settle
 from pipeline.sweep_plan import shares
 from pipeline.variants import variants_of
 
@@ -41,7 +42,7 @@ def make_run_json(
         "fingerprint": plan.fingerprint,
         "stage": stage.name,
         "attempt": attempt,
-        "experiment": plan.experiment.resolved(),
+        "experiment": _carried_out(plan, on_a_job="repo" in output).resolved(),
         "inputs": dict(inputs),
         "output": dict(output),
         "predicted": predicted,
@@ -54,13 +55,20 @@ def _sweep(plan: Plan, stage: Stage, processes: int, is_job: bool) -> dict[str, 
     """The variants of a sweep with every default filled in; of a job also what bounds its time and money."""
     variants, sweep = variants_of(plan.experiment), plan.experiment.sweep
     shared = shares(plan.experiment, plan.shape, processes)
-    rows = [
-        {"words": variant.words, "train": variant.experiment.resolved()["train"], **share}
-        for variant, share in zip(variants, shared, strict=True)
-    ]
+    rows = []
+    for variant, share in zip(variants, shared, strict=True):
+        settled = settle(variant.experiment, plan.shape) if is_job else as_written(variant.experiment)
+        train = settled.of(variant.experiment).resolved()["train"]
+        rows.append({"words": variant.words, "train": train, **share, **settled.request()})
     price, most = stage.flavor.usd_per_minute, sweep.max_usd if sweep else None
     limits = {"timeout_s": stage.timeout_s, "usd_per_minute": price, "max_usd": most}
     return {"sweep": {"variants": rows, **(limits if is_job else {})}}
+
+
+def _carried_out(plan: Plan, on_a_job: bool) -> Experiment:
+    """The experiment with numbers for `auto`: the plan's in a job, one row at a time on a machine it does not know."""
+    settled = plan.stages[0].settled if on_a_job else None
+    return (settled or as_written(plan.experiment)).of(plan.experiment)
 
 
 def make_inputs(plan: Plan, stage: StageName, source: FindSource, artifact: FindArtifact) -> dict[str, Source]:

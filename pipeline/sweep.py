@@ -52,6 +52,9 @@ MEASURING: tuple[str, ...] = (
     "eval_delay",
 )
 MEASURING += ("eval_on_start", "bf16_full_eval", "fp16_full_eval", "prediction_loss_only")
+# The same of DPOConfig.
+MEASURING += ("label_smoothing", "loss_weights", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef")
+MEASURING += ("use_weighting", "discopop_tau", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pipeline.flavors import CONTAINER_START_S, Flavor
 from pipeline.memory import MemoryEstimate
 from pipeline.models import ModelShape
 from pipeline.parallel import Parallel, estimate_memory, parallel_of
+from pipeline.settled import settle
 from pipeline.variants import variants_of
 
 # A variant has a process of its own, with memory as on a fresh machine: it imports the libraries again, and reads the
@@ -39,11 +40,12 @@ def estimate_variants(experiment: Experiment, facts: Facts, flavor: Flavor) -> t
     """Every variant of an experiment on a flavor."""
     shape, data, found = facts.shape, facts.dataset, []
     for variant in variants_of(experiment):
-        memory = estimate_memory(variant.experiment, shape, flavor) if shape else None
+        carried_out = settle(variant.experiment, shape, flavor).of(variant.experiment)
+        memory = estimate_memory(carried_out, shape, flavor) if shape else None
         seconds = usd = None
         if shape and data:
             lanes = parallel_of(experiment, shape, flavor).lanes
-            seconds = estimate_train_seconds(variant.experiment, shape, data, flavor, facts.finished)
+            seconds = estimate_train_seconds(carried_out, shape, data, flavor, facts.finished)
             seconds += IMPORT_S + 2 * shape.parameters / READ_BYTES_PER_S
             usd = float(seconds / 60 * flavor.usd_per_minute) / lanes
         found.append(VariantEstimate(variant.number, variant.words, memory, seconds, usd))

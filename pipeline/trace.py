@@ -10,13 +10,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from pipeline.attention import FLASH
 from pipeline.errors import Finding, Place, Severity, UserError, redact
 from pipeline.experiment import Experiment
 from pipeline.facts import Facts
-from pipeline.flavors import FLAVORS
+from pipeline.flavors import FLAVORS, Flavor
 from pipeline.memory import CUDA_CONTEXT_GIB, EXPANDABLE
 from pipeline.models import config_of
 from pipeline.parallel import Sharing, parallel_of
+from pipeline.settled import settle
 from pipeline.sweep_plan import heaviest
 from pipeline.traced import TracedMemory
 
@@ -81,8 +83,18 @@ def trace_request(experiment: Experiment, facts: Facts) -> dict[str, Any]:
         why = facts.config_fault or "is not here"
         model = experiment.base.model
         raise UserError(f"the config.json of `{model}` {why}, and a trace starts from it", "add `--online` to fetch it")
-    train = heaviest(experiment, facts.shape).resolved()["train"]
+    train = _carried_out(heaviest(experiment, facts.shape), facts, flavor)
     return {"config": dict(config), "train": train, "gpus": flavor.gpus * experiment.train.nodes}
+
+
+def _carried_out(experiment: Experiment, facts: Facts, flavor: Flavor) -> dict[str, Any]:
+    """The section `train` as the plan carries it out: rows at once, checkpointing and attention are chosen."""
+    settled = settle(experiment, facts.shape, flavor)
+    train: dict[str, Any] = settled.of(experiment).resolved()["train"]
+    if settled.attention == FLASH:
+        loading = {**(train["sft"].get("model_init_kwargs") or {}), "attn_implementation": FLASH}
+        train["sft"] = {**train["sft"], "model_init_kwargs": loading}
+    return train
 
 
 def _answer(request: dict[str, Any]) -> str:

@@ -85,7 +85,7 @@ def make_order(
     folder = f"{FOLDER}/{plan.run_id}/{stage.name}" if stage.name is StageName.EVALUATE else ""
     output = {"repo": plan.repo(stage.name), "folder": folder}
     device = "cuda" if stage.flavor.gpus else "cpu"
-    more = {"device": device, "provenance": dict(provenance), **stage.parallel.request()}
+    more = {"device": device, "provenance": dict(provenance), **stage.request()}
     files["run.json"] = as_json(make_run_json(plan, stage, attempt, inputs, output, **more))
     script = PurePosixPath(stage.script).name
     files[script] = root / stage.script

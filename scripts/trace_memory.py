@@ -306,10 +306,11 @@ class Step:
         from accelerate.utils import convert_outputs_to_fp32
 
         rows, length = self.train["batch_size"] * (2 if self.dpo else 1), self.train["max_length"]
-        shape = (1, rows * length) if self.train["packing"] else (rows, length)
+        flat = self.train["packing"] or flash(self.sft)  # packed, or laid end to end without padding
+        shape = (1, rows * length) if flat else (rows, length)
         ids = torch.zeros(shape, dtype=torch.int64)
         inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
-        if rows > 1 and not self.train["packing"]:  # rows of different lengths
+        if rows > 1 and not flat:  # rows of different lengths
             inputs["attention_mask"] = torch.ones(shape, dtype=torch.int64)
         forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(model.__call__))
         if self.dpo:

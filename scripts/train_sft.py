@@ -119,6 +119,10 @@ TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json",
 TOKENIZER_FILES += ("tekken.json", "*.jinja", "chat_template.json", "generation_config.json", "*processor_config.json")
 # Where LoRA also finds linear layers, and text never passes: parameters and memory without a gradient.
 NOT_TEXT = r".*(vision|visual|image|audio|multi_modal_projector|mm_projector|connector).*"
+# Not in the header: as soon as it is installed, bitsandbytes 0.50 on a CPU takes a kernel of its own from the Hub.
+KERNELS = "kernels==0.18.2"
+INSTALL_S = 300
+APART = 16  # tokens of each of the rows that are laid end to end to see whether one reads the other
 GRACE_S = 20  # a step may take this long after SIGTERM; the Hub kills 30 s after it asks
 JOIN_S = 1200  # a node waits so long for the others, and is paid for it
 JOIN_POLL_S = 5
@@ -1102,10 +1106,13 @@ def main() -> None:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # 3 % lost to fragmentation, not 11 %
     if "sweep" in run:
         named_failures(run, lambda: sweep(run, started))
-    elif processes_of(run) == 1:
-        named_failures(run, lambda: train(run, *prepare(run), started))
+        return
+    base, *rows = prepare(run)
+    bring_kernels(run)
+    if processes_of(run) == 1:
+        named_failures(run, lambda: train(run, base, *rows, started))
     else:
-        launch(run, prepare(run)[0], started)  # each process reads the rows again: here they need not stay
+        launch(run, base, started)  # each process reads the rows again
 
 
 def prepare(run: dict) -> tuple[Path, list[Row], list[Row]]:
@@ -1461,6 +1468,8 @@ def sweep(run: dict, started: float) -> None:
         InputError, TrainingFailed: not one variant was trained; with the cause of the first.
     """
     inputs = sweep_inputs(run)
+    for number in range(1, len(run["sweep"]["variants"]) + 1):
+        bring_kernels(variant_run(run, number, inputs))  # here, because two of them must not install at once
     table = Table(run, started)
     train_variants(run, inputs, table)
     if table.best is None:
@@ -1519,7 +1528,7 @@ def variant_run(run: dict, number: int, inputs: dict) -> dict:
     chosen, folder = run["sweep"]["variants"][number - 1], variant_folder(run, number)
     left_out = ("sweep", "concurrency", "processes", "sharded", "warnings")
     own = {key: value for key, value in run.items() if key not in left_out}
-    own |= {key: chosen[key] for key in ("processes", "sharded") if key in chosen}
+    own |= {key: chosen[key] for key in ("processes", "sharded", "checkpointing", "attention") if key in chosen}
     own |= {"experiment": run["experiment"] | {"train": chosen["train"]}, "inputs": inputs}
     own |= {"output": {"path": str(folder / "artifact")}, "work": str(folder / "work")}
     return own | {"variant": {"number": number, "parent": os.getpid()}}
@@ -1915,6 +1924,9 @@ def sft_config(run: dict, has_eval: bool) -> Any:
     if not cpu and torch.cuda.device_count() < processes_of(run):
         message = f"`processes: {processes_of(run)}`, but torch sees {torch.cuda.device_count()} GPUs"
         raise InputError(message, "choose a flavor with so many, or check its driver")
+    if settings["packing"] and settings["sft"].get("packing_strategy") == "wrapped":
+        message = "`packing_strategy: wrapped` lets packed rows read the rows before them"
+        raise InputError(message, "remove `packing_strategy`: `bfd` keeps them apart")
     if settings["tracking"] == "trackio" and not util.find_spec("trackio"):
         raise InputError("`train.tracking: trackio`, but trackio is not installed", "pip install trackio")
     check_keys(settings["sft"], config)
@@ -1924,8 +1936,14 @@ def sft_config(run: dict, has_eval: bool) -> Any:
             emit("warning", message=f"`{key}: {options.pop(key)}` needs a GPU: left out on the CPU")
     # One device, whole: with "auto" a model that does not fit would move to the CPU in silence, and train for days.
     loading |= {"dtype": "bfloat16"} | ({} if cpu else {"device_map": {"": int(os.environ.get("LOCAL_RANK", 0))}})
+    if not cpu and "attn_implementation" not in loading and (kernel := flash_kernel(run)):
+        loading["attn_implementation"] = kernel
+        if settings["batch_size"] > 1 and not settings["packing"]:
+            sft = {"padding_free": True} | sft  # rows end to end, which the kernel keeps apart: nothing is padded
     if run.get("sharded"):
         sft |= sharded_settings()
+    if sft.get("padding_free"):  # an evaluation's mean over rows wants one row a batch
+        sft = {"per_device_eval_batch_size": 1} | sft
     try:
         made = config(**{**our_settings(run, cpu, has_eval), **sft, "model_init_kwargs": loading})
     except (ValueError, TypeError) as error:
@@ -1956,7 +1974,7 @@ def check_keys(sft: dict, config: Any) -> None:
 
 
 def our_settings(run: dict, cpu: bool, has_eval: bool) -> dict:
-    """What the experiment's own fields mean to TRL. The rest keeps its defaults (gradient checkpointing on)."""
+    """What the experiment's own fields mean to TRL. The rest keeps its defaults."""
     settings = run["experiment"]["train"]
     return {
         "output_dir": str(checkpoints(run)),
@@ -1972,6 +1990,7 @@ def our_settings(run: dict, cpu: bool, has_eval: bool) -> dict:
         "learning_rate": settings["learning_rate"],
         # 8-bit Adam on the CPU too: a rehearsal runs the code that the GPU will run.
         "optim": "adamw_8bit" if is_quantised(run) else "adamw_torch_fused",
+        "gradient_checkpointing": run.get("checkpointing", True),  # off where the plan says that all layers fit
         **(preference_settings(run) if is_dpo(run) else packing_settings(settings)),
         "eval_strategy": "steps" if has_eval else "no",
         "eval_on_start": has_eval and "variant" in run and chosen_checkpoint(run) is None,
@@ -1983,6 +2002,7 @@ def our_settings(run: dict, cpu: bool, has_eval: bool) -> dict:
         "disable_tqdm": True,
         "report_to": settings["tracking"],
         "trackio_static_space_id": False,  # otherwise a public Space, made with the caller's token
+        **({} if cpu else gpu_settings()),
         **distributed_settings(run),
     }
 
@@ -1995,6 +2015,51 @@ def packing_settings(settings: dict) -> dict:
         "max_length": settings["max_length"] if packing else None,  # `tokenize` has cut the rows
         "eval_packing": False,
     }
+
+
+def gpu_settings() -> dict:
+    """What keeps a GPU from waiting. On a CPU a worker would only take the cores that compute."""
+    import torch
+
+    workers = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}
+    return workers | {"tf32": torch.cuda.get_device_capability()[0] >= 8}
+
+
+def bring_kernels(run: dict) -> None:
+    """Install what loads a flash kernel, where the plan wants one. Not to have it is no reason to stop."""
+    said = (run["experiment"]["train"]["sft"].get("model_init_kwargs") or {}).get("attn_implementation")
+    wanted = said or run.get("attention") or ""
+    if run["device"] != "cuda" or "/" not in wanted or util.find_spec("kernels"):
+        return
+    emit("phase", name="install", detail=KERNELS)
+    pip = ["uv", "pip", "install", "--python", sys.executable] if shutil.which("uv") else [sys.executable, "-m", "pip"]
+    command = [*pip, *([] if "uv" in pip else ["install"]), KERNELS]
+    try:
+        subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_S, check=True)
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr.strip().splitlines() or [""])[-1]
+        emit("warning", message=f"`{KERNELS}` could not be installed: {last[:200]}")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        emit("warning", message=f"`{KERNELS}` could not be installed: {one_line_of(error)}")
+
+
+def flash_kernel(run: dict) -> str | None:
+    """The flash kernel of the plan, loaded; None, with a warning, where it cannot be had.
+
+    Without it transformers' own attention keeps rows apart by a mask: slower, and never less strict.
+    """
+    from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
+
+    wanted = run.get("attention")
+    if not wanted:
+        return None
+    try:
+        lazy_import_flash_attention(wanted)
+    except Exception as error:  # of the Hub, of the driver, of what is compiled: there is another way for all of them
+        text = f"`{wanted}` cannot be loaded ({one_line_of(error)}): attention is computed without it, and a mask"
+        warn(run, f"{text} keeps rows apart; that takes more time and memory")
+        return None
+    return str(wanted)
 
 
 def distributed_settings(run: dict) -> dict:
@@ -2358,6 +2423,11 @@ class Reporter:
         self.busy_s = self.busy_tokens = 0.0  # training alone, in this attempt
         self.logged_s = self.logged_tokens = self.step_s = 0.0
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.trainer.padding_free and not rows_apart(self.trainer):
+            message = "rows that share a sequence read each other in this base: what carries over is no attention mask"
+            raise InputError(message, "use `packing: false`, and no `padding_free`")
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.step_s = time.monotonic()
 
@@ -2418,6 +2488,40 @@ class Reporter:
         if self.run["device"] == "cuda":
             return round(torch.cuda.max_memory_allocated() / 2**30, 3)
         return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / RSS_IN_A_GIB, 3)
+
+
+def rows_apart(trainer: Any) -> bool:
+    """Whether a row says the same behind any other: the one before it is turned round, and nothing else.
+
+    Masked positions add exactly nothing, so where rows are apart not a bit of the answer changes; the experts of a
+    mixture are left room for another order of sums.
+    """
+    import torch
+
+    pool = [token for ids in trainer.train_dataset[:2]["input_ids"] for token in ids[: 2 * APART]]
+    before, row = pool[: len(pool) // 2][:APART], pool[len(pool) // 2 :][:APART]
+    trainer.model.eval()
+    try:
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            one, other = (read_behind(trainer, first, row) for first in (before, before[::-1]))
+    except ValueError as error:  # layers that know that they cannot, and say so
+        if "packed sequences" not in str(error):
+            raise
+        return False
+    trainer.model.train()
+    tolerance = 0.05 if "expert" in json.dumps(list(trainer.model.config.to_dict())) else 1e-4
+    return bool((one - other).abs().max() <= tolerance * one.abs().max())
+
+
+def read_behind(trainer: Any, first: list[int], row: list[int]) -> Any:
+    """What the model says of a row that lies behind another, in one sequence as the trainer makes it."""
+    import torch
+
+    tokens = {"input_ids": first + row, "labels": first + row, "seq_lengths": [len(first), len(row)]}
+    inputs = trainer.data_collator([tokens])
+    del inputs["labels"]
+    inputs = {k: v.to(trainer.args.device) if torch.is_tensor(v) else v for k, v in inputs.items()}
+    return trainer.model(**inputs, use_cache=False).logits[0, len(first) :].float()
 
 
 def run_training(run: dict, trainer: Any, reporter: Any) -> None:

@@ -20,7 +20,7 @@ def experiment_of(text: str = GOOD):
 
 
 def test_table_is_cheapest_first_and_falls_with_length() -> None:
-    table = fit_table(MemorySpec(seq=1), GEMMA)
+    table = fit_table(lambda _: MemorySpec(seq=1), GEMMA)
     prices = [fit.flavor.usd_per_hour for fit in table]
     assert prices == sorted(prices)
     for fit in table:

@@ -24,6 +24,8 @@ LAYERS = {
     "mac_words": 1,
     "mlx_models": 0,
     "models": 0,
+    "attention": 1,
+    "settled": 1,
     "traced": 0,
     "trace": 2,
     "facts": 0,

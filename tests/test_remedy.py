@@ -58,7 +58,7 @@ def test_a_surprise_halves_the_rows_at_least() -> None:
 def test_a_larger_batch_is_traded_for_accumulation() -> None:
     plan = plan_of(("max_length: 2048", "max_length: 8192\n  batch_size: 4\n  gradient_accumulation: 2"))
     assert fix(OOM.format(tried="4.00", used="21.90"), plan) == (
-        "`train.max_length: 8192 → 4288`, or `train.batch_size: 4 → 2` with `train.gradient_accumulation: 2 → 4`,"
+        "`train.max_length: 8192 → 4416`, or `train.batch_size: 4 → 2` with `train.gradient_accumulation: 2 → 4`,"
         " or `train.flavor: a10g-large → l40sx1`"
     )
 

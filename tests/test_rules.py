@@ -141,6 +141,22 @@ BAD = [
     ),
     ("MEM008", "flavor: cpu-xl", "flavor: l40sx4", FACTS, "uses one GPU, `l40sx4` has 4", "write `flavor: l40sx1`"),
     (
+        "MEM010",
+        "max_length: 2048",
+        "batch_size: auto",
+        Facts(),
+        "needs the sizes of `google/gemma-3-12b-it`",
+        "write `batch_size: 1`, or add `--online`",
+    ),
+    (
+        "MEM010",
+        "max_length: 2048",
+        "batch_size: auto\n  script: my/train.py",
+        FACTS,
+        "not known for `my/train.py`",
+        "`batch_size: 1`",
+    ),
+    (
         "TIM001",
         "max_usd: 10",
         "max_usd: 5",

@@ -18,11 +18,13 @@ from pipeline.rules.architecture import (
     experts_stay_large,
     head_is_no_target,
     packing_needs_flash,
+    rows_stay_apart,
     targets_are_layers,
     tower_left_out,
 )
 
 RULES = (targets_are_layers, head_is_no_target, tower_left_out, packing_needs_flash, attention_can_load)
+RULES += (rows_stay_apart,)
 HERE = changed("google/gemma-3-12b-it, revision: 96b6f1e", "./base")
 BROKEN = DatasetFacts(
     "r.jsonl", 9, 9, "messages", is_chat=True, base_fault="the base's tokenizer.json cannot be read: x"
@@ -108,20 +110,54 @@ def test_an_exclude_that_names_the_tower_or_a_text_only_base_is_fine() -> None:
     assert "vision tower" in run(tower_left_out, slow).message
 
 
+PACKED = changed("^  learning_rate: 2e-4$", "  learning_rate: 2e-4\n  packing: true")
+
+
 def test_bad_packing() -> None:
-    text = changed("^  learning_rate: 2e-4$", "  learning_rate: 2e-4\n  packing: true")
-    expect(run(packing_needs_flash, text), "flash-attention", "write `packing: false`", place(text, "true\n  lora"))
-    finding = run(packing_needs_flash, text, scripts=WITH_KERNELS)
-    assert "kernels-community/flash-attn2" in finding.hint
-    told = with_sft("model_init_kwargs: {attn_implementation: kernels-community/flash-attn2}", text + "\n")
-    assert run(packing_needs_flash, told, scripts=WITH_KERNELS) is None
-    assert run(packing_needs_flash, changed("flavor: a10g-large", "flavor: cpu-xl", text)) is None
+    assert run(packing_needs_flash, PACKED) is None  # an A10G has a flash kernel, and the script brings it
+    old = changed("flavor: a10g-large", "flavor: t4-medium", PACKED)
+    at = place(old, "true\n  lora")
+    expect(run(packing_needs_flash, old), "`sdpa` on `t4-medium` needs a mask", "write `packing: false`", at)
+    said = with_sft("model_init_kwargs: {attn_implementation: sdpa}", PACKED + "\n")
+    assert "remove `attn_implementation`" in run(packing_needs_flash, said).hint
+    told = with_sft("model_init_kwargs: {attn_implementation: kernels-community/flash-attn2}", PACKED + "\n")
+    assert run(packing_needs_flash, told) is None
+    assert run(packing_needs_flash, changed("flavor: a10g-large", "flavor: cpu-xl", PACKED)) is None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "mamba2"},
+        {"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]},
+        {"model_type": "qwen3_5", "text_config": {"layer_types": ["full_attention", "linear_attention"]}},
+    ],
+)
+def test_a_state_is_carried_from_row_to_row(config) -> None:
+    finding = run(rows_stay_apart, PACKED, config=config)
+    expect(finding, "carry a state from each packed row", "write `packing: false`", place(PACKED, "true\n  lora"))
+    assert run(rows_stay_apart, config=config) is None
+
+
+def test_wrapped_packs_have_no_boundaries() -> None:
+    text = with_sft("packing_strategy: wrapped", PACKED + "\n")
+    finding = run(rows_stay_apart, text, config=LLAMA)
+    expect(
+        finding,
+        "`packing_strategy: wrapped` lets packed rows read",
+        "remove `packing_strategy`",
+        place(text, "wrapped"),
+    )
+    assert run(rows_stay_apart, with_sft("packing_strategy: bfd_split", PACKED + "\n"), config=LLAMA) is None
+    assert run(rows_stay_apart, PACKED, config={"layer_types": "x", "text_config": 3}) is None
 
 
 def test_bad_attention() -> None:
     text = with_sft("model_init_kwargs: {attn_implementation: flash_attention_2}")
     expect(run(attention_can_load, text), "needs `kernels`", "remove `attn_impl", place(text, "flash_attention_2"))
     assert run(attention_can_load, text, scripts=WITH_KERNELS) is None
+    ours = with_sft("model_init_kwargs: {attn_implementation: kernels-community/flash-attn2}")
+    assert run(attention_can_load, ours) is None  # the script brings `kernels` itself
     text = with_sft("model_init_kwargs: {attn_implementation: sdpa}")
     finding = run(attention_can_load, text, config={"model_type": "gemma2"})
     expect(finding, "`gemma2` has no `sdpa`", "write `attn_implementation: eager`", place(text, "sdpa"))

@@ -7,6 +7,7 @@ from pipeline.rules.architecture import (
     experts_stay_large,
     head_is_no_target,
     packing_needs_flash,
+    rows_stay_apart,
     targets_are_layers,
     tower_left_out,
 )
@@ -38,7 +39,13 @@ from pipeline.rules.experiment import (
     worst_case_within_budget,
 )
 from pipeline.rules.experts import experts_are_left_out
-from pipeline.rules.hardware import batches_are_shared, gpus_are_used, quantised_base_is_whole, training_fits
+from pipeline.rules.hardware import (
+    auto_can_be_settled,
+    batches_are_shared,
+    gpus_are_used,
+    quantised_base_is_whole,
+    training_fits,
+)
 from pipeline.rules.host import disk_suffices, evaluation_fits, ram_suffices
 from pipeline.rules.hub import nothing_secret, repositories_named
 from pipeline.rules.loss import answers_can_be_found, history_is_read_once
@@ -120,6 +127,7 @@ ALL_RULES: tuple[Rule, ...] = (
     Rule("MEM007", batches_are_shared),
     Rule("MEM008", gpus_are_used),
     Rule("MEM009", preferences_use_one_gpu),
+    Rule("MEM010", auto_can_be_settled),
     Rule("NOD001", nodes_are_needed),
     Rule("EXP005", output_is_its_own),
     Rule("EXP006", not_done_before),
@@ -177,6 +185,7 @@ ALL_RULES: tuple[Rule, ...] = (
     Rule("TRN018", history_is_read_once),
     Rule("TRN019", experts_are_left_out),
     Rule("TRN020", dropout_is_honoured),
+    Rule("TRN021", rows_stay_apart),
     Rule("SCR001", script_parses),
     Rule("SCR002", script_has_header),
     Rule("SCR003", no_flash_attn),

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.attention import FLASH, attention_of, said_attention
 from pipeline.errors import Severity, excerpt
 from pipeline.experiment import Lora, nearest
 from pipeline.fields import is_path
@@ -34,6 +35,19 @@ EMBEDDINGS = ("embed_tokens", "lm_head")
 TOWERS = ("vision", "visual", "image", "audio")
 # Where transformers 5.23.0 has no scaled-dot-product attention, for its soft-capped scores.
 NO_SDPA = ("gemma2",)
+# Recurrent layers, and families that are made of them without a list of `layer_types`.
+STATEFUL_LAYERS = ("linear_attention", "conv", "mamba", "recurrent")
+STATEFUL: tuple[str, ...] = (
+    "bamba",
+    "falcon_h1",
+    "falcon_mamba",
+    "granitemoehybrid",
+    "jamba",
+    "mamba",
+    "nemotron_h",
+    "recurrent_gemma",
+)
+STATEFUL += ("rwkv", "zamba")
 
 
 def base_has_a_config(subject: Subject) -> Verdict | None:
@@ -132,34 +146,57 @@ def tower_left_out(subject: Subject) -> Verdict | None:
 def packing_needs_flash(subject: Subject) -> Verdict | None:
     """Packed rows on a GPU have a flash-attention kernel
 
-    Why: Packing lays rows end to end; TRL supports it only with flash attention, which is told where each row begins.
-    Without it a row may read its neighbour, and attention over the whole pack is slow.
-    Fix: `packing: false`, or a kernel: `attn_implementation: kernels-community/flash-attn2` with `kernels` installed.
+    Why: Packing lays rows end to end. A flash kernel is told where each row begins; without one a mask keeps them
+    apart, as large as the square of `max_length`, and most of what it computes is thrown away.
+    Fix: `packing: false`, or a flavor with an Ampere GPU or a later one, for which the script brings the kernel.
     """
-    train = subject.file.experiment.train
+    train, shape = subject.file.experiment.train, subject.facts.shape
     flavor = FLAVORS.get(train.flavor)
-    if not train.packing or flavor is None or flavor.gpu is None or "flash" in _attention(subject):
+    if not train.packing or flavor is None or flavor.gpu is None or shape is None:
         return None
-    message = "`packing: true` without a flash-attention kernel"
-    kernel = "`model_init_kwargs: {attn_implementation: kernels-community/flash-attn2}` under `train.sft`"
-    can = "kernels" in _packages(subject) and flavor.gpu != "T4"
-    hint = f"write {kernel}, or `packing: false`" if can else "write `packing: false`"
+    attention = attention_of(train, shape, flavor)
+    if "flash" in attention:
+        return None
+    message = f"`packing: true` without a flash-attention kernel: `{attention}` on `{flavor.name}` needs a mask"
+    other = said_attention(train) and attention_of(train.model_copy(update={"sft": {}}), shape, flavor) == FLASH
+    hint = "remove `attn_implementation`: the script brings the kernel" if other else "write `packing: false`"
     return Verdict("train.packing", message, hint, Severity.WARNING)
+
+
+def rows_stay_apart(subject: Subject) -> Verdict | None:
+    """No row reads its neighbour in a pack
+
+    Why: `wrapped` fills packs without saying where a row begins, so that every row attends to the one before it; and
+    a state that is carried from token to token, as in Mamba or linear attention, is carried over every boundary.
+    Fix: Remove `packing_strategy`, or `packing: false`. The script also tries it on the loaded model before it trains.
+    """
+    train, config = subject.file.experiment.train, subject.facts.config or {}
+    if not train.packing:
+        return None
+    if train.sft.get("packing_strategy") == "wrapped":
+        message = "`packing_strategy: wrapped` lets packed rows read the rows before them"
+        return Verdict("train.sft.packing_strategy", message, "remove `packing_strategy`: `bfd` keeps them apart")
+    kind = _model_type(subject) or ""
+    if not kind.startswith(STATEFUL) and not _stateful_layers(config):
+        return None
+    message = f"layers of `{kind}` carry a state from each packed row into the next"
+    return Verdict("train.packing", message, "write `packing: false`")
 
 
 def attention_can_load(subject: Subject) -> Verdict | None:
     """The attention asked for can be loaded
 
     Why: transformers fetches flash attention through the `kernels` package, and refuses `sdpa` where the base has none:
-    both after the download.
+    both after the download. Our own script brings `kernels` for the flash kernel of `kernels-community` alone.
     Fix: Remove `attn_implementation`, or add `kernels` to the script's header.
     """
-    asked, kind = _attention(subject), _model_type(subject)
+    asked, kind = said_attention(subject.file.experiment.train), _model_type(subject)
     at = "train.sft.model_init_kwargs.attn_implementation"
     if asked == "sdpa" and kind in NO_SDPA:
         return Verdict(at, f"`{kind}` has no `sdpa` attention", "write `attn_implementation: eager`")
     packages = _packages(subject)
-    if packages and ("flash" in asked or "/" in asked) and not packages & {"kernels", "flash-attn"}:
+    brought = asked == FLASH and subject.file.experiment.train.script is None
+    if packages and ("flash" in asked or "/" in asked) and not brought and not packages & {"kernels", "flash-attn"}:
         message = f"`attn_implementation: {asked[:60]}` needs `kernels`, which `{_script(subject)}` does not install"
         hint = f"remove `attn_implementation`, or add `kernels==0.18.2` to the header of `{_script(subject)}`"
         return Verdict(at, message, hint)
@@ -194,9 +231,11 @@ def _model_type(subject: Subject) -> str | None:
     return shape.model_type if shape else None
 
 
-def _attention(subject: Subject) -> str:
-    loading: Any = subject.file.experiment.train.sft.get("model_init_kwargs")
-    return str(loading.get("attn_implementation", "")) if isinstance(loading, Mapping) else ""
+def _stateful_layers(config: Mapping[str, Any]) -> bool:
+    """Whether a config lists layers that are no attention over the tokens themselves."""
+    text = config.get("text_config")
+    kinds = (text if isinstance(text, Mapping) else config).get("layer_types")
+    return isinstance(kinds, list) and any(kind in STATEFUL_LAYERS for kind in kinds)
 
 
 def _script(subject: Subject) -> str:

@@ -3,7 +3,7 @@
 from pipeline.dataset_facts import DatasetFacts, Issues, Lines, Problem
 from pipeline.errors import Severity
 from pipeline.experiment import LossOn
-from pipeline.fields import is_path
+from pipeline.fields import is_path, rows_at_once
 from pipeline.rows import FORMATS, PAIRS
 from pipeline.rules.rule import Subject, Verdict
 
@@ -186,16 +186,17 @@ def rows_fill_a_batch(subject: Subject) -> Verdict | None:
     rows = facts.tokens.sequences if facts.tokens and facts.tokens.sequences else facts.training_rows
     if train.packing and facts.tokens:
         rows = max(1, facts.tokens.total // train.max_length)
-    step = train.batch_size * train.gradient_accumulation
+    at_once = rows_at_once(train.batch_size)
+    step = at_once * train.gradient_accumulation
     if rows >= step:
         return None
     said = f"`batch_size: {train.batch_size}` x `gradient_accumulation: {train.gradient_accumulation}`"
     message = (
         f"`{facts.path}` gives {rows} {'packed ' if train.packing else ''}training rows, a step takes {step} ({said})"
     )
-    if rows < train.batch_size:
+    if rows < at_once:
         return Verdict("train.batch_size", message, f"write `batch_size: {rows}` and `gradient_accumulation: 1`")
-    hint = f"write `gradient_accumulation: {rows // train.batch_size}`"
+    hint = f"write `gradient_accumulation: {rows // at_once}`"
     return Verdict("train.gradient_accumulation", message, hint)
 
 

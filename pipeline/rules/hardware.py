@@ -1,13 +1,15 @@
 """Rules about GPUs: does training fit those of its flavor, and does it use all of them?"""
 
 from pipeline.errors import Severity
-from pipeline.experiment import Experiment, Method
+from pipeline.experiment import Backend, Experiment, Method
+from pipeline.fields import AUTO, rows_at_once
 from pipeline.fit import cheapest_flavor, largest_max_length
 from pipeline.flavors import FLAVORS, Flavor, gpu_flavors
 from pipeline.memory import MemoryEstimate, spec_of
 from pipeline.models import ModelShape
 from pipeline.parallel import Parallel, Sharing, estimate_memory, need_of, parallel_of
 from pipeline.rules.rule import Subject, Verdict
+from pipeline.settled import settle
 from pipeline.traced import TracedMemory
 
 
@@ -23,7 +25,8 @@ def training_fits(subject: Subject) -> Verdict | None:
     if flavor is None or flavor.gpu is None or quantised_base_is_whole(subject):
         return None
     if traced is not None:
-        return _by_trace(traced, estimate_memory(experiment, shape) if shape else None, flavor)
+        keeps_all = not settle(experiment, shape).recomputes
+        return _by_trace(traced, estimate_memory(experiment, shape) if shape else None, flavor, keeps_all)
     return _by_closed_form(experiment, shape, flavor) if shape else None
 
 
@@ -45,12 +48,14 @@ def _by_closed_form(experiment: Experiment, shape: ModelShape, flavor: Flavor) -
     return Verdict("train.flavor", message, hint, severity)
 
 
-def _by_trace(traced: TracedMemory, estimate: MemoryEstimate | None, flavor: Flavor) -> Verdict | None:
+def _by_trace(traced: TracedMemory, estimate: MemoryEstimate | None, flavor: Flavor, keeps_all: bool) -> Verdict | None:
     """The trace blocks; a closed form that it contradicts only warns."""
     need = f"{traced.total:.1f} GiB"
     if not traced.fits(flavor):
         larger = next((other for other in gpu_flavors() if traced.fits(other)), None)
         hint = f"write `flavor: {larger.name}`, or a smaller `max_length`" if larger else "write a smaller `max_length`"
+        if keeps_all:
+            hint = f"write `sft: {{gradient_checkpointing: true}}`, or {hint.removeprefix('write ')}"
         return Verdict("train.flavor", f"training needs {need} (traced), `{flavor.name}` has {flavor.vram_gib:g}", hint)
     if estimate is None or estimate.fits(flavor) is not False:
         return None
@@ -100,7 +105,7 @@ def batches_are_shared(subject: Subject) -> Verdict | None:
     total, gpus = train.gradient_accumulation, parallel.gpus
     if total % gpus == 0:
         return None
-    rows = total * train.batch_size
+    rows = total * rows_at_once(train.batch_size)
     same = [n for n in range(gpus, rows + 1, gpus) if n > total and rows % n == 0]
     hint = f"write `gradient_accumulation: {same[0] if same else -(-total // gpus) * gpus}`"
     if same:
@@ -126,3 +131,22 @@ def gpus_are_used(subject: Subject) -> Verdict | None:
         message = f"`{stage}` uses {uses}, `{flavor.name}` has {flavor.gpus}"
         return Verdict(f"{stage}.flavor", message, f"write `flavor: {one.name}` under `{stage}`", Severity.WARNING)
     return None
+
+
+def auto_can_be_settled(subject: Subject) -> Verdict | None:
+    """`batch_size: auto` can become a number
+
+    Why: The estimator fills it in from the sizes of the base. Where it does not know them, every row would be computed
+    alone, and the GPU would wait most of the time.
+    Fix: A number, or `--online`, which fetches the base's config.json.
+    """
+    train = subject.file.experiment.train
+    if train.batch_size != AUTO:
+        return None
+    if train.backend is Backend.MLX or train.script is not None:
+        who = "MLX" if train.backend is Backend.MLX else f"`{train.script}`"
+        return Verdict("train.batch_size", f"`batch_size: auto` is not known for {who}", "write `batch_size: 1`")
+    if subject.facts.shape is not None:
+        return None
+    message = f"`batch_size: auto` needs the sizes of `{subject.file.experiment.base.model}`, which are not known here"
+    return Verdict("train.batch_size", message, "write `batch_size: 1`, or add `--online` to fetch its config.json")

@@ -7,6 +7,7 @@ from typing import Any
 from pipeline.apple import CHIPS, MACS, MEMORY_GB, WIRED
 from pipeline.errors import Severity, excerpt
 from pipeline.experiment import Backend, Lora, Method, nearest
+from pipeline.fields import rows_at_once
 from pipeline.mac import bits_by_name, estimate_mac_memory, learning_layers, mlx_bits, smallest_mac
 from pipeline.mlx_models import MLX, MLX_LM, MODEL_TYPES
 from pipeline.models import shape_of
@@ -184,7 +185,7 @@ def training_fits_a_mac(subject: Subject) -> Verdict | None:
     memory = estimate_mac_memory(experiment, shape, bits)
     if smallest_mac(memory, surely=False) is not None:
         return None
-    ways = ["`batch_size: 1`"] if experiment.train.batch_size > 1 else []
+    ways = ["`batch_size: 1`"] if rows_at_once(experiment.train.batch_size) > 1 else []
     ways += [f"`max_length: {experiment.train.max_length // 2}`"] if experiment.train.max_length > 256 else []
     ways += ["a base of 4 bits as `train.mlx.base`"] if bits > 4 else []
     learning = learning_layers(experiment, shape)

@@ -4,6 +4,7 @@ from typing import Any
 
 from pipeline.errors import Severity, excerpt
 from pipeline.experiment import OWNED_BY_TRAIN, Backend, Method, nearest
+from pipeline.fields import rows_at_once
 from pipeline.rules.rule import Subject, Verdict
 from pipeline.train_sections import OWNED_BY_DPO
 
@@ -228,12 +229,13 @@ def batch_sane(subject: Subject) -> Verdict | None:
     Fix: `gradient_accumulation` changes it without changing memory.
     """
     train = subject.file.experiment.train
-    rows, (low, high) = train.batch_size * train.gradient_accumulation, EFFECTIVE_BATCH
+    at_once = rows_at_once(train.batch_size)
+    rows, (low, high) = at_once * train.gradient_accumulation, EFFECTIVE_BATCH
     if low <= rows <= high:
         return None
-    wanted = max(1, 16 // train.batch_size)
+    wanted = max(1, 16 // at_once)
     message = f"each step sees {rows} row{'s' * (rows > 1)} (`batch_size` x `gradient_accumulation`)"
-    hint = f"write `gradient_accumulation: {wanted}`" if train.batch_size <= high else "write `batch_size: 1`"
+    hint = f"write `gradient_accumulation: {wanted}`" if at_once <= high else "write `batch_size: 1`"
     return Verdict("train.gradient_accumulation", message, hint, Severity.WARNING)
 
 
@@ -247,9 +249,10 @@ def logits_stay_fused(subject: Subject) -> Verdict | None:
     factor = train.sft.get("label_smoothing_factor")
     if isinstance(factor, bool) or not isinstance(factor, int | float) or factor <= 0 or train.is_dpo:
         return None
-    gib = LOGIT_COPIES * 4 * train.batch_size * train.max_length * (shape.vocab if shape else 0) / 2**30
+    tokens = rows_at_once(train.batch_size) * train.max_length
+    gib = LOGIT_COPIES * 4 * tokens * (shape.vocab if shape else 0) / 2**30
     cost = f", about {gib:.1f} GiB more" if gib else ", gigabytes with a large vocabulary"
-    message = f"`label_smoothing_factor` builds the logits of {train.batch_size * train.max_length} tokens{cost}"
+    message = f"`label_smoothing_factor` builds the logits of {tokens} tokens{cost}"
     return Verdict("train.sft.label_smoothing_factor", message, "remove `label_smoothing_factor`", Severity.WARNING)
 
 
