@@ -134,7 +134,8 @@ def _setting(keys: tuple[str, ...], value: object, said: bool) -> str:
 
 def _flavor_row(fit: Fit, preview: Preview, plan: Plan, shape: ModelShape) -> tuple[str, ...]:
     flavor, length = fit.flavor, plan.experiment.train.max_length
-    experiment = settle(plan.experiment, shape, flavor).of(plan.experiment)
+    largest = heaviest(plan.experiment, shape, flavor)
+    experiment = settle(largest, shape, flavor).of(largest)
     name = f"**`{flavor.name}`**, chosen" if flavor == plan.stages[0].flavor else f"`{flavor.name}`"
     need = need_of(spec_of(experiment, shape, flavor), shape, ALONE)
     data = preview.facts.dataset

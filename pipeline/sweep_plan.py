@@ -69,12 +69,21 @@ def affordable_seconds(usd: float, flavor: Flavor) -> float:
     return max(0.0, usd / price * 60 - CONTAINER_START_S) if price else float("inf")
 
 
-def heaviest(experiment: Experiment, shape: ModelShape | None) -> Experiment:
-    """The variant that needs the most memory: where it fits, all do. The experiment itself without a sweep."""
-    variants = variants_of(experiment)
-    if shape is None or not variants:
-        return variants[0].experiment if variants else experiment
-    return max((one.experiment for one in variants), key=lambda one: estimate_memory(one, shape).total)
+def heaviest(experiment: Experiment, shape: ModelShape | None, flavor: Flavor | None = None) -> Experiment:
+    """The variant that needs the most memory: where it fits, all do. The experiment itself without a sweep.
+
+    As they are carried out on a flavor, where one that keeps all layers may need more than a larger one that does not;
+    without a flavor, of the least that each can do with.
+    """
+    variants = [variant.experiment for variant in variants_of(experiment)] or [experiment]
+    if shape is None or len(variants) == 1:
+        return variants[0]
+
+    def need(one: Experiment) -> float:
+        carried_out = settle(one, shape, flavor).of(one) if flavor else one
+        return estimate_memory(carried_out, shape, flavor).total
+
+    return max(variants, key=need)
 
 
 def shares(experiment: Experiment, shape: ModelShape | None, processes: int) -> list[dict[str, Any]]:

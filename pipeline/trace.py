@@ -83,7 +83,7 @@ def trace_request(experiment: Experiment, facts: Facts) -> dict[str, Any]:
         why = facts.config_fault or "is not here"
         model = experiment.base.model
         raise UserError(f"the config.json of `{model}` {why}, and a trace starts from it", "add `--online` to fetch it")
-    train = _carried_out(heaviest(experiment, facts.shape), facts, flavor)
+    train = _carried_out(heaviest(experiment, facts.shape, flavor), facts, flavor)
     return {"config": dict(config), "train": train, "gpus": flavor.gpus * experiment.train.nodes}
 
 

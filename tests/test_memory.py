@@ -175,7 +175,8 @@ def test_shape_of_a_config() -> None:
 
 def test_pairs_need_what_twice_as_many_padded_rows_need() -> None:
     """DPOTrainer runs both answers in one pass; the reference is the same base, and its pass keeps nothing."""
-    rows = changed("  epochs: 3", "  epochs: 3\n  batch_size: 4")
+    padded = changed("a10g-large", "t4-medium")  # which has no flash kernel
+    rows = changed("  epochs: 3", "  epochs: 3\n  batch_size: 4", padded)
     pairs = changed("2e-4", "5e-6", changed("qlora", "dpo", changed("batch_size: 4", "batch_size: 2", rows)))
     needs = [estimate_need(spec_of(parse_experiment(text).experiment, GEMMA), GEMMA) for text in (rows, pairs)]
     assert needs[0] == needs[1]
