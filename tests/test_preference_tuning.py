@@ -99,4 +99,4 @@ def test_the_example_comes_to_what_the_page_says(tmp_path: Path) -> None:
     assert measured["reward_margin"] == pytest.approx(said, rel=0.1)  # machines differ in the last bits of bf16
     assert measured["reward_margin"] == pytest.approx(trained["eval_reward_margin"], rel=0.05)
     assert measured["reward_accuracy"] == trained["eval_reward_accuracy"] == 1.0
-    assert trained["eval_loss"] < 0.2
+    assert trained["eval_loss"] < 0.4
