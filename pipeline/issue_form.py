@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pipeline.errors import UserError, excerpt
 from pipeline.experiment import Experiment, Method
 from pipeline.loader import parse_experiment
+from pipeline.train_sections import DPO_RATE
 from pipeline.yaml_text import HIDDEN, NULLS
 
 LABELS = (
@@ -67,7 +68,7 @@ def experiment_of_issue(body: str, name: str | None = None) -> tuple[str, str]:
         dataset=_scalar(said["data.dataset"]),
         method=_scalar(said["train.method"]),
         flavor=_scalar(said["train.flavor"] or FLAVOR),
-        rate="2e-5" if full else "2e-4",
+        rate={Method.FULL.value: "2e-5", Method.DPO.value: DPO_RATE}.get(said["train.method"], "2e-4"),
         merge="" if full else "merge: {flavor: t4-medium, timeout: 1h}\n",
         output=_scalar(said["output.repo"]),
         budget=_scalar(said["budget.max_usd"].removeprefix("$")),

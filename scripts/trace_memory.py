@@ -331,8 +331,10 @@ class Step:
         from trl.trainer.utils import use_adapter
 
         policy = log_probs()
+        self.ledger.passing = "reference: "
         with torch.no_grad(), disable_gradient_checkpointing(model), use_adapter(model, None):
             reference = log_probs()
+        self.ledger.passing = ""
         chosen, rejected = (policy.sum(dim=1) - reference.sum(dim=1)).chunk(2)
         return -torch.nn.functional.logsigmoid(self.dpo["beta"] * (chosen - rejected)).mean()
 
@@ -470,14 +472,15 @@ class Ledger:
         self.live: dict[int, tuple[int, str]] = {}
         self.peaks: dict[str, dict[str, int]] = {}
         self.phase = self.category = ""
+        self.passing = ""  # words before each phase of a pass of its own
         self.total = self.highest = 0
         self.counts = True
         self.in_backward = False
 
     def enter(self, phase: str, category: str) -> None:
         """What happens from now on belongs to this phase, what is allocated to this category."""
-        self.phase, self.category = phase, category
-        self.highest = sum(self.peaks.get(phase, {}).values())
+        self.phase, self.category = self.passing + phase, category
+        self.highest = sum(self.peaks.get(self.phase, {}).values())
         self.look()
 
     @contextmanager

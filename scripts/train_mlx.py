@@ -1504,7 +1504,7 @@ def refuse_fields(chosen: dict) -> None:
     lora, script = chosen["lora"] or {}, chosen["script"]
     torch = "or train with torch"
     refused = [
-        ("method", chosen["method"] == "full", f"use `method: lora`, {torch}"),
+        ("method", chosen["method"] in ("full", "dpo"), f"use `method: lora`, {torch}"),
         ("packing", chosen["packing"], f"set `packing: false`, {torch}"),
         ("tracking", chosen["tracking"] != "none", "set `tracking: none`; the manifest holds every logged step"),
         ("script", script and Path(script).name != Path(__file__).name, f"remove `script`, {torch}"),

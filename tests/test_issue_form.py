@@ -64,6 +64,9 @@ def test_another_name_replaces_the_issues() -> None:
 
 def test_a_full_training_has_nothing_to_merge() -> None:
     assert "\nmerge:" not in experiment_of_issue(issue(train_method="full"))[1]
+    preferred = experiment_of_issue(issue(train_method="dpo"))[1]
+    assert "\nmerge:" in preferred
+    assert "  learning_rate: 5e-6\n" in preferred
 
 
 @pytest.mark.parametrize(

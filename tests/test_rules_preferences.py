@@ -15,6 +15,7 @@ from pipeline.rules.preferences import dropout_is_honoured, preferences_use_one_
 from pipeline.rules.training import (
     learning_rate_sane,
     logits_stay_fused,
+    quantisation_by_method,
     sft_fields_exist,
     sft_keys_are_free,
     sft_values_typed,
@@ -97,6 +98,12 @@ def test_experts_of_a_4_bit_base() -> None:
     finding = run(experts_stay_large, PAIRS, **moe)
     expect(finding, "`dpo: {quantize: true}` leaves the 8 experts", "`dpo: {quantize: false}`", place(PAIRS, "dpo"))
     assert run(experts_stay_large, with_dpo("dpo: {quantize: false}"), **moe) is None
+
+
+def test_4_bits_are_asked_for_by_the_section() -> None:
+    text = with_dpo("sft: {model_init_kwargs: {load_in_4bit: true}}")
+    finding = run(quantisation_by_method, text)
+    expect(finding, "load_in_4bit", "write `dpo: {quantize: true}` under `train`", place(text, "true}}"))
 
 
 def test_mlx_does_not_prefer() -> None:

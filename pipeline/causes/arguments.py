@@ -55,6 +55,21 @@ CAUSES = (
         weight=STRONG,
     ),
     Cause(
+        "no-label-smoothing",
+        "this preference loss needs label smoothing above 0",
+        ("Label smoothing must be greater than 0.0 when using",),
+        "`train.sft: {label_smoothing: 0.001}`, the value of its paper, or another `train.dpo.loss`",
+        weight=STRONG,
+    ),
+    Cause(
+        "reference-synced",
+        "with an adapter the reference is the base itself, which follows nobody",
+        ("You passed `sync_ref_model=True` while using a PEFT model",),
+        "remove `sync_ref_model` where the trainer is told its settings",
+        rule="TRN004",
+        weight=STRONG,
+    ),
+    Cause(
         "number-as-text",
         "a number was read as text: YAML takes `2e-4` for a word",
         (

@@ -6,9 +6,25 @@ STRONG, WEAK = Weight.STRONG, Weight.WEAK
 # Names that columns of chat and instruction data have; a KeyError of another name may be about anything.
 CHAT = ("messages", "conversations", "conversation", "role", "content", "from", "value", "system", "user", "assistant")
 TASKS = ("text", "prompt", "completion", "instruction", "input", "output", "response", "answer", "question", "context")
-COLUMNS = (*CHAT, *TASKS, "chosen", "rejected", "label", "labels", "input_ids", "target")
+COLUMNS = (*CHAT, *TASKS, "label", "labels", "input_ids", "target")
 SPLITS = ("train", "validation", "test", "train_sft", "test_sft", "eval")
 CAUSES = (
+    Cause(
+        "no-pairs",
+        "the rows are not pairs of answers, from which preferences are learned",
+        ("KeyError: 'chosen'$", "KeyError: 'rejected'$", "no pair of answers: the row has"),
+        "rows of `prompt`, `chosen` and `rejected`, or `train.method: qlora` for rows of one answer",
+        rule="DAT002",
+        weight=STRONG,
+    ),
+    Cause(
+        "only-pairs",
+        "the rows are pairs of answers, and this training learns from one",
+        ("no messages: the row has *`chosen`*",),
+        "`train.method: dpo`, or rows of `messages` with the chosen answer",
+        rule="DAT002",
+        weight=STRONG,
+    ),
     Cause(
         "columns",
         "the rows have no column of a name that the trainer reads",

@@ -168,12 +168,13 @@ def quantisation_by_method(subject: Subject) -> Verdict | None:
     """4-bit loading is asked for by `method`, not flat in `model_init_kwargs`
 
     Why: transformers 5 passes `load_in_4bit` on to the model's class, which raises a TypeError after the download.
-    Fix: `method: qlora`.
+    Fix: `method: qlora`; to prefer answers `dpo: {quantize: true}`.
     """
     for key in _loading(subject):
         if key.startswith(("load_in_4bit", "load_in_8bit", "bnb_")):
             at, message = f"train.sft.model_init_kwargs.{key}", f"`model_init_kwargs.{key}` is no longer an argument"
-            return Verdict(at, message, f"remove `{key}` and write `method: qlora` under `train`")
+            said = "dpo: {quantize: true}" if subject.file.experiment.train.is_dpo else "method: qlora"
+            return Verdict(at, message, f"remove `{key}` and write `{said}` under `train`")
     return None
 
 

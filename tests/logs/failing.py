@@ -191,6 +191,30 @@ def no_padding_token() -> None:
 # Rows.
 
 
+def prefer(data: Any, model: Any = None, peft: Any = None, **given: Any) -> None:
+    """Prefer answers as the documentation shows it."""
+    from trl import DPOConfig, DPOTrainer
+
+    plain = {"output_dir": "out", "use_cpu": True, "max_steps": 2, "report_to": "none", "disable_tqdm": True}
+    DPOTrainer(model or base(), args=DPOConfig(**{**plain, **given}), train_dataset=data, peft_config=peft).train()
+
+
+PAIR = {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}
+
+
+def pairs_without_a_rejected_answer() -> None:
+    print("Extracting prompt from train dataset: chosen 0/2")
+    prefer(rows(CHAT, CHAT))
+
+
+def exo_without_smoothing() -> None:
+    prefer(rows(PAIR, PAIR), loss_type=["exo_pair"])
+
+
+def reference_cannot_follow_an_adapter() -> None:
+    prefer(rows(PAIR, PAIR), peft=lora(), sync_ref_model=True)
+
+
 def column_missing() -> None:
     train(data=rows({"instruction": "a", "output": "b"}))
 
