@@ -16,8 +16,8 @@ A traceback that ended a process and whose message shows no known cause counts 4
 Code that a traceback quotes, warnings, and lines known to be harmless count for nothing. In a chain of tracebacks all
 messages count, so a special cause at its root wins over a general one at its end, and the other way round.
 
-Only a lost machine, a GPU that did not start, and a server's or network's bad minute may pass with a new attempt. What
-is not known is not retried: a retry costs money.
+Only a lost machine, a GPU that did not start, another node that is not there, and a server's or network's bad minute
+may pass with a new attempt. What is not known is not retried: a retry costs money.
 """
 
 import bisect

@@ -44,7 +44,7 @@ first one, by the alias `node-0` of the job's network group. The first node alon
 
 Killed runs go on from the last complete checkpoint in `work/checkpoints`, or in the output repo where there is one.
 Exit codes: 0 done, or another job does it, 1 training failed (not a number, or nothing learned) or a bug, 2 the
-caller's input, 3 the Hub did not take the result, 130 interrupted.
+caller's input, 3 the Hub did not take the result or another node did not come, 130 interrupted.
 """
 
 import argparse
@@ -1229,23 +1229,32 @@ def explain_failure(run: dict, failures: dict[int, Any]) -> int:
     """Print what the process that failed first said, unless it prints here anyway; returns the exit code."""
     first = first_failure(run, failures)
     name, code = f"process {first + 1} of {per_node(run)}{node_words(run)}", failures[first].exitcode
+    if nodes_of(run) > 1 and (code == -signal.SIGABRT or noted_failures(run).get(first, (0, False))[1]):
+        print_failure(run, first, name)
+        # NCCL's watchdog aborts a process that waits for a node which is gone.
+        message = f"the connection to another node was lost{node_words(run)}"
+        emit("error", message=message, hint="look into the logs of the other nodes' jobs", transient=True)
+        return 1
     if code < 0:
         message = f"{name} was killed by {signal.Signals(-code).name}"
         hint = "if its memory ran out, choose a flavor with more RAM or a smaller `train.batch_size`; look into the log"
         emit("error", message=message, hint=hint)
         print(f"error: {message}\n\nhint: {hint}", file=sys.stderr)
         return 1
-    if first != 0:
-        for path in sorted(processes_folder(run).glob(f"**/{first}/std*.log"), reverse=True):  # errors last
-            text = path.read_bytes()[-TAIL_BYTES:].decode(errors="replace")
-            # Its events would count twice; but for errors, which the first process knows nothing of.
-            lines = [x for x in text.splitlines() if not x.startswith(EVENT_PREFIX) or '"event": "error"' in x]
-            if lines:
-                print(f"{name}, {path.name}:", *lines, sep="\n", file=sys.stderr, flush=True)
-    if nodes_of(run) > 1 and noted_failures(run).get(first, (0, False))[1]:
-        message = f"the connection to another node was lost{node_words(run)}"
-        emit("error", message=message, hint="look into the logs of the other nodes' jobs", transient=True)
+    print_failure(run, first, name)
     return code
+
+
+def print_failure(run: dict, number: int, name: str) -> None:
+    """The last that a process said which does not print here."""
+    if number == 0:
+        return
+    for path in sorted(processes_folder(run).glob(f"**/{number}/std*.log"), reverse=True):  # errors last
+        text = path.read_bytes()[-TAIL_BYTES:].decode(errors="replace")
+        # Its events would count twice; but for errors, which the first process knows nothing of.
+        lines = [x for x in text.splitlines() if not x.startswith(EVENT_PREFIX) or '"event": "error"' in x]
+        if lines:
+            print(f"{name}, {path.name}:", *lines, sep="\n", file=sys.stderr, flush=True)
 
 
 def first_failure(run: dict, failures: dict[int, Any]) -> int:

@@ -72,6 +72,8 @@ def test_only_the_machine_the_network_and_the_hub_are_worth_a_retry() -> None:
         "download-broken",
         "network",
         "machine-lost",
+        "peer-missing",
+        "peer-lost",
     }
 
 

@@ -13,6 +13,7 @@ from pipeline.launch import Elsewhere, Outcome, Submitted, Unanswered, submit_st
 from pipeline.plan import StageName
 from pipeline.reconcile import Seen, Submit
 from pipeline.remote import CLAIM, JobState, stage_folder
+from pipeline.run_verbs import cancel_run, newest_job
 from pipeline.stopping import close_fence, end_attempt
 from pipeline.tree import make_order
 from pipeline.world import Report
@@ -293,3 +294,17 @@ def test_an_attempt_that_was_ended_gets_no_more_nodes(shut: bool) -> None:
     order = make_order(ROOT, remote, LABEL, {}, TWO, Submit(TWO.stages[0], 1, nodes=(1,)), Seen())
     assert isinstance(submit_stage(remote, remote.clock, order, LIMITS), Elsewhere)
     assert len(sim.job_list) == 1
+
+
+def test_status_counts_all_nodes_and_the_first_one_speaks() -> None:
+    sim = start()
+    ticked(sim)
+    sim.advance(600)
+    report = ticked(sim)
+    assert (report.job, report.more_jobs) == ("job0", ("job1",))
+    assert report.usd == pytest.approx(2 * 10 * TWO.stages[0].flavor.usd_per_minute)
+    assert report.as_dict()["more_jobs"] == ("job1",)
+    world = world_of(SimRemote(sim), (TWO,))
+    assert newest_job(world, "coach").id == "job0"
+    assert cancel_run(world, "coach").startswith(f"{TWO.run_id}: cancelled, 2 jobs stopped")
+    assert [job.state for job in sim.job_list] == [JobState.CANCELLED] * 2

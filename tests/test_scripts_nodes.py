@@ -1,11 +1,14 @@
 """scripts/train_sft.py as one of several nodes: its fence, its wait for the others, what it says when it is alone."""
 
 import json
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from servers.hub import LoopbackHub
+from test_scripts_evaluate import load
 from test_scripts_hub import REPO, RUN_ID, WINNER, Job, hub, nothing, put, put_winner, titles, winner
 
 from pipeline.diagnose import diagnose
@@ -95,3 +98,32 @@ def test_a_node_that_waits_leaves_when_the_stage_is_stopped(hub: LoopbackHub, tm
     assert waiting.end() == 0, waiting.log
     assert waiting.events("superseded")
     assert WINNER.format("train") in hub.files(REPO)
+
+
+@pytest.mark.parametrize(
+    ("code", "note", "cause"),
+    [
+        (1, "5 connection", "peer-lost"),
+        (-signal.SIGABRT, "", "peer-lost"),  # by NCCL's watchdog
+        (-signal.SIGKILL, "", "script"),
+        (1, "5 ", ""),
+    ],
+)
+def test_what_a_process_of_a_node_died_of(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], code: int, note: str, cause: str
+) -> None:
+    """The second of two processes of this node failed first; what it said is in a file."""
+    script, run = load("train_sft"), {"work": str(tmp_path), "nodes": 2, "processes": 4}
+    said = tmp_path / "processes/attempt_0/1/stderr.log"
+    said.parent.mkdir(parents=True)
+    said.write_text("KeyError: 'rows'\n")
+    if note:
+        (tmp_path / "processes/failed-1").write_text(note)
+        (tmp_path / "processes/failed-0").write_text("9 connection")
+    failures = {0: SimpleNamespace(exitcode=-signal.SIGTERM), 1: SimpleNamespace(exitcode=code)}
+    assert script.explain_failure(run, failures) == 1
+    log = "".join(capfd.readouterr())
+    found = diagnose(log)
+    assert found.id == cause
+    assert ("on node 1 of 2" in log) and ("KeyError" in log) == (code != -signal.SIGKILL)
+    assert found.transient == (cause == "peer-lost")
