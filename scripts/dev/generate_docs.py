@@ -162,6 +162,8 @@ def _words(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
         return " or ".join(f"`{value}`" for value in target["enum"]) if "enum" in target else "mapping"
     if "anyOf" in schema:
         return " or ".join(_words(option, definitions) for option in schema["anyOf"] if option.get("type") != "null")
+    if "const" in schema:
+        return f"`{schema['const']}`"
     if schema.get("pattern") == "^all-linear$":
         return "`all-linear`"
     if schema.get("type") == "array":
