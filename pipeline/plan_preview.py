@@ -16,7 +16,9 @@ from pipeline.parallel import Sharing
 from pipeline.plan import Plan, Stage
 from pipeline.plan_changes import Changes, plan_hash
 from pipeline.progress import duration
+from pipeline.settled import as_written
 from pipeline.sweep_sections import variants_table
+from pipeline.variants import numbered
 
 
 class Verdict(StrEnum):
@@ -139,8 +141,8 @@ def render_plan(preview: Preview) -> str:
 
 def gpus_line(plan: Plan) -> str:
     """How several GPUs share a step, and that the result does not depend on it; empty for one."""
-    parallel, settled = plan.stages[0].parallel, plan.stages[0].settled
-    if parallel.gpus < 2 or settled is None:
+    parallel, settled = plan.stages[0].parallel, plan.stages[0].settled or as_written(plan.experiment)
+    if parallel.gpus < 2:
         return ""
     held = "a part of the model" if parallel.sharing is Sharing.PARTS else "all of the model"
     total, share = settled.accumulation, settled.accumulation / parallel.gpus
@@ -165,8 +167,11 @@ def nodes_line(train: Stage) -> str:
 
 def settled_line(train: Stage) -> str:
     """What the estimate chose for this GPU without changing what is learned; empty where it chose nothing."""
-    chosen = train.settled.words if train.settled else ()
-    return f"On `{train.flavor.name}`: {'; '.join(chosen)}." if chosen else ""
+    said: dict[str, list[int]] = {"; ".join(train.settled.words): []} if train.settled else {}
+    for variant in train.variants:
+        said.setdefault("; ".join(variant.chosen), []).append(variant.number)
+    whose = {words: f"{numbered(numbers)}: " if len(said) > 1 else "" for words, numbers in said.items()}
+    return "\n\n".join(f"On `{train.flavor.name}`: {whose[words]}{words}." for words in said if words)
 
 
 def traced_line(train: Stage) -> str:

@@ -28,6 +28,7 @@ class VariantEstimate:
     memory: MemoryEstimate | None = None
     seconds: float | None = None
     usd: float | None = None
+    chosen: tuple[str, ...] = ()  # by the estimate for the flavor, in Markdown
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -40,7 +41,8 @@ def estimate_variants(experiment: Experiment, facts: Facts, flavor: Flavor) -> t
     """Every variant of an experiment on a flavor."""
     shape, data, found = facts.shape, facts.dataset, []
     for variant in variants_of(experiment):
-        carried_out = settle(variant.experiment, shape, flavor).of(variant.experiment)
+        settled = settle(variant.experiment, shape, flavor)
+        carried_out = settled.of(variant.experiment)
         memory = estimate_memory(carried_out, shape, flavor) if shape else None
         seconds = usd = None
         if shape and data:
@@ -48,7 +50,7 @@ def estimate_variants(experiment: Experiment, facts: Facts, flavor: Flavor) -> t
             seconds = estimate_train_seconds(carried_out, shape, data, flavor, facts.finished)
             seconds += IMPORT_S + 2 * shape.parameters / READ_BYTES_PER_S
             usd = float(seconds / 60 * flavor.usd_per_minute) / lanes
-        found.append(VariantEstimate(variant.number, variant.words, memory, seconds, usd))
+        found.append(VariantEstimate(variant.number, variant.words, memory, seconds, usd, settled.words))
     return tuple(found)
 
 

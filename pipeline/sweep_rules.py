@@ -9,7 +9,7 @@ from pipeline.loader import ExperimentFile
 from pipeline.rules.rule import Rule, Subject, Verdict
 from pipeline.settings import Settings
 from pipeline.sweep import Choice
-from pipeline.variants import Variant, variants_of
+from pipeline.variants import Variant, numbered, variants_of
 
 # The areas whose rules look at single fields of `train`. The others look at the file and at the plan as a whole, which
 # holds every variant.
@@ -39,8 +39,7 @@ def _finding(
     choice = _reason(verdict, mine, [one for one in variants if one not in mine])
     at = file.at(f"sweep.{choice.at}" if choice else "sweep")
     words = mine[0].words if len(mine) == 1 or choice is None else choice.words
-    numbers = [str(one.number) for one in mine]
-    named = f"variants {', '.join(numbers[:-1])} and {numbers[-1]}" if len(mine) > 1 else f"variant {numbers[0]}"
+    named = numbered([one.number for one in mine])
     return Finding(rule.id, verdict.severity, at, f"{named} (`{words}`): {verdict.message}", verdict.hint)
 
 

@@ -1,6 +1,6 @@
 """The variants of a sweep, each a whole experiment, and what is wrong with them together. Trains nothing."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.experiment import Backend, Experiment
@@ -33,6 +33,12 @@ def variants_of(experiment: Experiment) -> tuple[Variant, ...]:
         Variant(number, Experiment.model_validate({**values, "train": overridden(values["train"], choices)}), choices)
         for number, choices in enumerate(combinations(sweep.grid, sweep.list), 1)
     )
+
+
+def numbered(numbers: Sequence[int]) -> str:
+    """`variant 3`, or `variants 1, 3 and 6`."""
+    *first, last = map(str, numbers)
+    return f"variants {', '.join(first)} and {last}" if first else f"variant {last}"
 
 
 def sweep_faults(experiment: Experiment) -> Iterator[tuple[str, str, str]]:

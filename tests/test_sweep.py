@@ -329,6 +329,34 @@ def test_run_json_holds_every_variant_whole() -> None:
     assert "sweep" not in plan_of(GOOD).experiment.resolved()
 
 
+def test_each_variant_is_settled_for_the_gpu() -> None:
+    """What is kept for the backward pass is chosen for each: a larger adapter may leave no room for it."""
+    text = ROOMY.replace("a10g-large", "a100-large")
+    three = swept("grid: {lora.r: [16, 1024]}", text.replace("epochs: 3", "epochs: 3\n  batch_size: 3"))
+    plan = plan_of(three)
+    job = make_run_json(plan, plan.stages[0], 1, {}, {"repo": "acme/x"})["sweep"]["variants"]
+    assert [one.get("checkpointing") for one in job] == [False, None]
+    sizes = [one.memory.total for one in plan.stages[0].variants if one.memory]
+    assert sizes[0] > sizes[1]
+    assert plan.stages[0].memory is not None
+    assert plan.stages[0].memory.total == sizes[0]
+    file, known = parse_experiment(three), facts(dataset=COUNTED)
+    shown = render_plan(Preview("coach", "coach.yaml", file.experiment, plan, known))
+    assert "On `a100-large`: variant 1: gradient checkpointing off: fits without" in shown
+    assert "On `a100-large`: variant 2: attention by `kernels-community/flash-attn2`" in shown
+
+
+def test_rows_at_once_are_numbers_in_the_request() -> None:
+    text = ROOMY.replace("a10g-large", "a100-large").replace("epochs: 3", "epochs: 3\n  batch_size: auto")
+    plan = plan_of(swept("grid: {lora.r: [16, 64]}", text))
+    job, here = (
+        [one["train"] for one in make_run_json(plan, plan.stages[0], 1, {}, output)["sweep"]["variants"]]
+        for output in ({"repo": "acme/x"}, {"path": "x"})
+    )
+    assert {(one["batch_size"], one["gradient_accumulation"]) for one in job} == {(2, 4)}
+    assert {(one["batch_size"], one["gradient_accumulation"]) for one in here} == {(1, 8)}
+
+
 def test_variants_share_the_gpus_each_by_its_method() -> None:
     text = swept("grid: {method: [qlora, lora]}", ROOMY.replace("a10g-large", "l4x4"))
     plan = plan_of(text)
