@@ -50,7 +50,7 @@ def test_each_trainer_has_fields_of_its_own() -> None:
         "disable_dropout": "bool",
     }
     assert {"packing", "assistant_only_loss"} <= sft.types.keys() - dpo.types.keys()
-    assert {"beta", "sync_ref_model", "truncation_mode"} <= dpo.types.keys() - sft.types.keys()
+    assert {"beta", "sync_ref_model", "loss_weights"} <= dpo.types.keys() - sft.types.keys()
     assert dpo.choices["truncation_mode"] == ("keep_end", "keep_start")
     assert dpo.choices["optim"] == sft.choices["optim"]
 
