@@ -75,6 +75,7 @@ bench: $(VENV)/.dev ## every benchmark, one table each
 	$(BIN)/python benchmarks/check_many.py
 	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/train_overhead.py
+	$(BIN)/python benchmarks/train_throughput.py --models llama
 	$(BIN)/python benchmarks/rehearse.py
 	$(BIN)/python benchmarks/trace.py
 	$(BIN)/python benchmarks/exactly_once.py --plans 2000

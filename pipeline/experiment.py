@@ -155,9 +155,7 @@ class Train(Section):
     epochs: PositiveFloat = Field(3.0, description="Passes over the training rows.")
     max_steps: PositiveInt | None = Field(None, description="Stop after this many optimizer steps instead of `epochs`.")
     max_length: Annotated[int, Field(ge=8, le=1_048_576), WHOLE] = Field(2048, description="Tokens kept of a row.")
-    batch_size: BatchSize = Field(
-        1, description="Rows held at once; `auto`: what fits of `gradient_accumulation` rows."
-    )
+    batch_size: BatchSize = Field(1, description="Rows at once; `auto`: what fits of `gradient_accumulation` rows.")
     gradient_accumulation: PositiveInt = Field(8, description="Batches summed before the weights move, over all GPUs.")
     learning_rate: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = Field(2e-4, description="Peak step size.")
     loss_on: LossOn = Field(
