@@ -23,6 +23,7 @@ OURS = MemorySpec(seq=STEP, rank=64, targets=ATTENTION, dropout=True, attention=
 IN_ITS_DAY = replace(OURS, attention="sdpa", flat=False, loss=Loss.LOGITS, logit_bytes=12, adapter_bytes=4)
 REPAIRED = replace(OURS, attention="sdpa", flat=False, other_bytes=4)
 SPECS = {"the SOP's script in its day": IN_ITS_DAY, "the SOP's script, repaired": REPAIRED, "ours": OURS}
+SPECS["ours, `activation_offloading: true`"] = replace(OURS, offload=True)
 
 
 def predicted(shapes: dict[str, ModelShape]) -> str:

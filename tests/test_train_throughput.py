@@ -70,7 +70,8 @@ def test_measured_rows_count_fragmentation_and_the_context_of_cuda() -> None:
 
 
 def test_longer_rows_fit_than_in_the_sop() -> None:
-    _, _, day, repaired, ours = longest_context.predicted({"llama": LLAMA}).splitlines()
+    _, _, day, repaired, ours, offloaded = longest_context.predicted({"llama": LLAMA}).splitlines()
     assert day.startswith("| llama | the SOP's script in its day | ")
     assert ours.startswith("| llama | ours | ")
     assert "1.0x" in day and "1.0x" not in repaired
+    assert "activation_offloading" in offloaded
