@@ -25,11 +25,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from histories import HALF_HOUR, LABEL, PLAN, book_of, make_history, one_tick, start, world_of  # noqa: E402
 from simulation import SAVE_S, Faults, Interleaved, Killed, SimRemote, SimWorld  # noqa: E402
 
+from pipeline.actions import Seen  # noqa: E402
 from pipeline.controller import tick  # noqa: E402
 from pipeline.flavors import FLAVORS  # noqa: E402
 from pipeline.hub_facts import HubError  # noqa: E402
 from pipeline.plan import StageName  # noqa: E402
-from pipeline.reconcile import Seen  # noqa: E402
 from pipeline.remote import JobSpec, stage_folder  # noqa: E402
 
 TICKS = 200  # a run that is not finished after four days of ticks is lost

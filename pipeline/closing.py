@@ -5,11 +5,12 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
+from pipeline.actions import Seen
 from pipeline.book import Book, Closed, Verdict, finish_message
 from pipeline.hub_facts import Access, HubError
 from pipeline.loss_chart import read_curve, thinned
 from pipeline.plan import Plan, StageName
-from pipeline.reconcile import Seen, spent_usd
+from pipeline.reconcile import spent_usd
 from pipeline.remote import JobState, Remote, SeenJob, StageView, stage_folder
 from pipeline.stopping import cancel_jobs, close_fence
 from pipeline.sweep_sections import winner_words

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
+from pipeline.actions import Ask, Finish, GiveUp, Seen, StopNodes, Submit, Wait
 from pipeline.book import SINCE, Book, Verdict, since_message
 from pipeline.closing import close_run, end_run, finish_tag, look_closely, shut_late_jobs_out, tag_run
 from pipeline.errors import UserError
@@ -20,7 +21,7 @@ from pipeline.hub_facts import Access, HubError
 from pipeline.launch import Elsewhere, Submitted, Unanswered, submit_stage
 from pipeline.nodes import is_whole
 from pipeline.plan import Plan
-from pipeline.reconcile import Ask, Finish, GiveUp, Seen, StopNodes, Submit, Wait, decide, so_far_usd
+from pipeline.reconcile import decide, so_far_usd
 from pipeline.remote import SeenJob, stage_folder
 from pipeline.stopping import end_attempt
 from pipeline.world import Outcome, Report, Wanted, World

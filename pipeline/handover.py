@@ -12,12 +12,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pipeline.actions import Seen, Submit
 from pipeline.adapter_folder import Adapter, files_digest, read_adapter
 from pipeline.errors import UserError
 from pipeline.hub_facts import Access, HubError
 from pipeline.launch import Elsewhere, Order, claim_stage, open_repo, taken_by_another
 from pipeline.plan import Plan, StageName
-from pipeline.reconcile import Seen, Submit
 from pipeline.remote import LOCAL, MANIFEST, WINNER, Claim, StageView, Winner, as_json, stage_folder
 from pipeline.run_verbs import find_run
 from pipeline.stopping import CAS_TRIES

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
 
+from pipeline.actions import Limits, Seen, Submit
 from pipeline.backends.hf_jobs import HfJobs
 from pipeline.book import Book
 from pipeline.check import clashes, preflight
@@ -18,7 +19,6 @@ from pipeline.hub_token import token_shape
 from pipeline.launch import Order
 from pipeline.online import ENDPOINT
 from pipeline.plan import Plan
-from pipeline.reconcile import Limits, Seen, Submit
 from pipeline.remote import Clock
 from pipeline.repository import Repository
 from pipeline.settings import load_settings

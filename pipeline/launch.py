@@ -11,9 +11,9 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
+from pipeline.actions import Limits
 from pipeline.hub_facts import Access, HubError
 from pipeline.plan import Plan, Stage
-from pipeline.reconcile import Limits
 from pipeline.remote import (
     CLAIM,
     NOBODY,

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pipeline.actions import Seen, Submit
 from pipeline.check import gather_facts
 from pipeline.errors import UserError
 from pipeline.facts import Facts
@@ -12,7 +13,6 @@ from pipeline.fields import is_path
 from pipeline.launch import Order
 from pipeline.loader import load_experiment
 from pipeline.plan import Plan, StageName, make_fingerprint, make_plan, make_run_id
-from pipeline.reconcile import Seen, Submit
 from pipeline.remote import FOLDER, Remote, as_json
 from pipeline.run_json import Source, make_inputs, make_run_json
 from pipeline.workspace import find_experiments, read_content, shown_path

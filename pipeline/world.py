@@ -6,13 +6,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipeline.actions import Limits, Seen, Submit
 from pipeline.book import Book
 from pipeline.errors import Finding
 from pipeline.experiment import Experiment
 from pipeline.launch import Order
 from pipeline.live import Live
 from pipeline.plan import Plan, StageName
-from pipeline.reconcile import Limits, Seen, Submit
 from pipeline.remote import Clock, Remote
 from pipeline.settings import Settings
 

@@ -13,6 +13,7 @@ from typing import Any
 from examples import GOOD, changed
 from simulation import SAVE_S, Faults, Interleaved, Job, Killed, SimBook, SimRemote, SimWorld
 
+from pipeline.actions import Limits, Seen, Submit
 from pipeline.book import Book, Tag, Verdict, make_book, retry_message, since_message
 from pipeline.controller import tick
 from pipeline.errors import UserError
@@ -21,7 +22,6 @@ from pipeline.hub_facts import HubError
 from pipeline.loader import parse_experiment
 from pipeline.models import CATALOGUE
 from pipeline.plan import Plan, make_plan
-from pipeline.reconcile import Limits, Seen, Submit
 from pipeline.settings import Settings
 from pipeline.tree import make_order
 from pipeline.world import Report, Tree, Wanted, World

@@ -12,6 +12,7 @@ from servers.github import LoopbackGitHub
 from servers.hub_faults import status
 from simulation import SimBook, SimRemote, SimWorld
 
+from pipeline.actions import Seen, Submit
 from pipeline.announce import Desk, announce, open_desk, tick_and_tell
 from pipeline.book import Tag, since_message
 from pipeline.chatops import Place, carry_out_dispatched, read_command, run_command
@@ -20,7 +21,6 @@ from pipeline.errors import Finding, Severity
 from pipeline.errors import Place as FilePlace
 from pipeline.plan import Plan, StageName
 from pipeline.preflight import run_preflight
-from pipeline.reconcile import Seen, Submit
 from pipeline.repository import Repository
 from pipeline.review import Origins
 from pipeline.run_verbs import cancel_run

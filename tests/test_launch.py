@@ -8,10 +8,10 @@ import pytest
 from histories import LABEL, LIMITS, PLAN, ROOT, check, start
 from simulation import DOWN, LOST, Killed, SimRemote, SimWorld
 
+from pipeline.actions import Seen, Submit
 from pipeline.hub_facts import Access, HubError
 from pipeline.launch import Elsewhere, Order, Outcome, Submitted, Unanswered, submit_stage
 from pipeline.plan import StageName
-from pipeline.reconcile import Seen, Submit
 from pipeline.remote import CLAIM, NOBODY, WINNER, JobState, stage_folder
 from pipeline.stopping import cancel_jobs, close_fence
 from pipeline.tree import make_order

@@ -6,12 +6,12 @@ import pytest
 from histories import LABEL, LIMITS, ROOT, TWO, book_of, check, one_tick, plan_named, run_until_closed, start, world_of
 from simulation import DOWN, JOIN_S, LOST, Killed, SimRemote, SimWorld
 
+from pipeline.actions import Seen, Submit
 from pipeline.book import Verdict
 from pipeline.controller import tick
 from pipeline.hub_facts import Access, HubError
 from pipeline.launch import Elsewhere, Outcome, Submitted, Unanswered, submit_stage
 from pipeline.plan import StageName
-from pipeline.reconcile import Seen, Submit
 from pipeline.remote import CLAIM, JobState, stage_folder
 from pipeline.run_verbs import cancel_run, newest_job
 from pipeline.stopping import close_fence, end_attempt

@@ -59,6 +59,7 @@ LAYERS = {
     "repository": 2,
     "remote": 1,
     "run_json": 1,
+    "actions": 1,
     "reconcile": 1,
     "nodes": 1,
     "live": 1,

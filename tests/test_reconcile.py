@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 from histories import PLAN, plan_named
 
+from pipeline.actions import Finish, GiveUp, Limits, Seen, Submit, Wait
 from pipeline.nodes import GONE
 from pipeline.plan import StageName
-from pipeline.reconcile import Finish, GiveUp, Limits, Seen, Submit, Wait, decide, spent_usd
+from pipeline.reconcile import decide, spent_usd
 from pipeline.remote import NOBODY, Claim, JobState, SeenJob, StageView, Winner, read_view
 
 NOW = 1_800_000_000.0

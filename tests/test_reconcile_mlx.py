@@ -8,13 +8,14 @@ from histories import start, world_of
 from simulation import SimRemote
 from test_reconcile import LIMITS, NOW, claim, done, job, seen, view
 
+from pipeline.actions import Ask, Finish, Seen, Submit
 from pipeline.controller import tick
 from pipeline.errors import Finding, Place, Severity
 from pipeline.facts import Facts
 from pipeline.launch import Order, submit_stage
 from pipeline.loader import parse_experiment
 from pipeline.plan import StageName, make_plan
-from pipeline.reconcile import Ask, Finish, Seen, Submit, decide
+from pipeline.reconcile import decide
 from pipeline.remote import NOBODY, JobState, StageView, Winner
 from pipeline.world import Outcome
 

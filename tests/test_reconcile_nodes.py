@@ -22,10 +22,11 @@ from test_reconcile import (
 )
 from test_reconcile import job as any_job
 
+from pipeline.actions import Seen, StopNodes, Submit
 from pipeline.cost import billed_usd
 from pipeline.flavors import FLAVORS
 from pipeline.nodes import GONE
-from pipeline.reconcile import Seen, StopNodes, Submit, decide, so_far_usd, spent_usd
+from pipeline.reconcile import decide, so_far_usd, spent_usd
 from pipeline.remote import NOBODY, Claim, JobState, SeenJob, StageView, Winner, read_view
 
 TRAINS = 'MERGETUNE {"event": "step", "step": 3, "total": 9, "loss": 2.0}\n'

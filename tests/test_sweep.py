@@ -13,6 +13,7 @@ from rule_cases import facts, place, with_script
 from simulation import Faults
 from test_plan_comment import COUNTED, ROOMY
 
+from pipeline.actions import Seen
 from pipeline.check import run_rules
 from pipeline.closing import make_summary
 from pipeline.cost import finished_run
@@ -30,7 +31,6 @@ from pipeline.parallel import Parallel
 from pipeline.plan import Plan, StageName, as_mlx, make_fingerprint, make_plan
 from pipeline.plan_preview import Preview, plan_as_dict, render_plan
 from pipeline.progress import status_line
-from pipeline.reconcile import Seen
 from pipeline.remote import StageView
 from pipeline.rules.others import relatives
 from pipeline.run_json import make_run_json

@@ -9,10 +9,10 @@ from histories import LABEL, LIMITS, PLAN, ROOT, start
 from repository import EXPERIMENT
 from simulation import SimRemote
 
+from pipeline.actions import Seen, Submit
 from pipeline.errors import UserError
 from pipeline.launch import submit_stage
 from pipeline.plan import StageName
-from pipeline.reconcile import Seen, Submit
 from pipeline.remote import StageView
 from pipeline.tree import make_order, read_tree, wanted_run
 
