@@ -23,12 +23,11 @@ from pipeline.fields import (
     Revision,
     Section,
     StringList,
-    Targets,
     fault,
     required_unless,
 )
 from pipeline.sweep import Sweep
-from pipeline.train_sections import Dpo, Mlx, check_dpo, check_nodes
+from pipeline.train_sections import Dpo, Lora, Mlx, check_dpo, check_nodes
 
 # What the converter can write and llama.cpp can run without an importance matrix.
 QUANTS: tuple[str, ...] = (
@@ -119,21 +118,6 @@ class Data(Section):
     subset: str | None = Field(None, description="Configuration name of a Hub dataset that has several.")
     split: str = Field("train", min_length=1, description="Split of a Hub dataset.")
     eval: EvalSplit | None = Field(None, description="Held-out rows; without them no held-out loss is reported.")
-
-
-class Lora(Section):
-    """The adapter. `alpha / r` (or `alpha / sqrt(r)` with `rslora`) scales what it adds."""
-
-    r: Annotated[int, Field(gt=0, le=1024), WHOLE] = Field(16, description="Rank.")
-    alpha: PositiveFloat = Field(32, description="Scale numerator.")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout before the adapter, 0 to 1.")
-    targets: Targets = Field("all-linear", description="Module names, or `all-linear`.")
-    exclude: str | None = Field(None, description="Regular expression of modules to leave out.")
-    rslora: Boolean = Field(False, description="Scale by the square root of the rank.")
-    dora: Boolean = Field(False, description="Learn magnitude and direction apart (slower, more memory).")
-    modules_to_save: StringList = Field([], description="Modules trained whole and saved beside the adapter.")
-    rank_pattern: dict[str, PositiveInt] = Field({}, description="Rank by module-name pattern.")
-    alpha_pattern: dict[str, PositiveFloat] = Field({}, description="Alpha by module-name pattern.")
 
 
 class Train(Section):

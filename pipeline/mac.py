@@ -23,10 +23,11 @@ from typing import Any
 from pipeline.apple import CHIPS, MEMORY_GB, WIRED, Chip
 from pipeline.cost import count_batches
 from pipeline.dataset_facts import DatasetFacts
-from pipeline.experiment import Experiment, Lora
+from pipeline.experiment import Experiment
 from pipeline.fields import rows_at_once
 from pipeline.memory import GIB, MemoryEstimate
 from pipeline.models import ModelShape
+from pipeline.train_sections import Lora
 
 PART = 0.45
 BAND = 0.6  # of the duration, each way

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from pipeline.attention import FLASH, attention_of
-from pipeline.experiment import Experiment, Lora, Method
+from pipeline.experiment import Experiment, Method
 from pipeline.fields import rows_at_once
 from pipeline.flavors import FLAVORS, Flavor
 from pipeline.models import MLP, ModelShape
+from pipeline.train_sections import Lora
 
 GIB = 2**30
 BAND = 0.10  # Each way: 26 of the 27 well-specified measurements of benchmarks/memory.py lie inside it

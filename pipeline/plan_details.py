@@ -14,11 +14,12 @@ from pipeline.models import ModelShape
 from pipeline.parallel import ALONE, need_of
 from pipeline.plan import Plan
 from pipeline.plan_changes import decides, flat, shown
-from pipeline.plan_preview import Preview, gpus_line, settled_line, traced_line
+from pipeline.plan_preview import Preview
 from pipeline.progress import duration
 from pipeline.settled import settle
 from pipeline.sweep_plan import estimate_variants, heaviest, sweep_seconds
 from pipeline.traced import TracedMemory
+from pipeline.train_lines import gpus_line, settled_line, traced_line
 
 FITS = {True: "fits", None: "may not fit"}
 SETTING = 300  # characters of one value

@@ -2,16 +2,42 @@
 
 from collections.abc import Collection, Mapping
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from pipeline.fields import BaseSource, Boolean, PositiveFloat, PositiveInt, Revision, Section, fault
+from pipeline.fields import (
+    WHOLE,
+    BaseSource,
+    Boolean,
+    PositiveFloat,
+    PositiveInt,
+    Revision,
+    Section,
+    StringList,
+    Targets,
+    fault,
+)
 
 # What `train.dpo` says may not stand in `train.sft` again.
 OWNED_BY_DPO = {"beta": "train.dpo.beta", "loss_type": "train.dpo.loss"}
 # TRL 1.16, trl/scripts/dpo.py, starts LoRA from this; its DPOConfig has 1e-6, for all weights.
 DPO_RATE = "5e-6"
+
+
+class Lora(Section):
+    """The adapter. `alpha / r` (or `alpha / sqrt(r)` with `rslora`) scales what it adds."""
+
+    r: Annotated[int, Field(gt=0, le=1024), WHOLE] = Field(16, description="Rank.")
+    alpha: PositiveFloat = Field(32, description="Scale numerator.")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout before the adapter, 0 to 1.")
+    targets: Targets = Field("all-linear", description="Module names, or `all-linear`.")
+    exclude: str | None = Field(None, description="Regular expression of modules to leave out.")
+    rslora: Boolean = Field(False, description="Scale by the square root of the rank.")
+    dora: Boolean = Field(False, description="Learn magnitude and direction apart (slower, more memory).")
+    modules_to_save: StringList = Field([], description="Modules trained whole and saved beside the adapter.")
+    rank_pattern: dict[str, PositiveInt] = Field({}, description="Rank by module-name pattern.")
+    alpha_pattern: dict[str, PositiveFloat] = Field({}, description="Alpha by module-name pattern.")
 
 
 class DpoLoss(StrEnum):

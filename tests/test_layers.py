@@ -37,6 +37,7 @@ LAYERS = {
     "rehearse_sweep": 3,
     "sweep_rules": 1,
     "sweep_sections": 1,
+    "train_lines": 1,
     "plan_preview": 1,
     "plan_sections": 1,
     "plan_details": 1,

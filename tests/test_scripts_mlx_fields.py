@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from mlx_runs import TRAIN, changed_run, edit, inline, load, make_twin, manifest, refusal
 
-from pipeline.experiment import Lora, Train
+from pipeline.experiment import Train
+from pipeline.train_sections import Lora
 
 pytestmark = pytest.mark.slow
 

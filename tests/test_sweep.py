@@ -20,7 +20,7 @@ from pipeline.cost import finished_run
 from pipeline.curve_notes import find_waste, notes
 from pipeline.diagnose import diagnose
 from pipeline.errors import Finding, InvalidExperiment, Severity, UserError
-from pipeline.experiment import Lora, Train
+from pipeline.experiment import Train
 from pipeline.facts import Facts
 from pipeline.fields import Section
 from pipeline.flavors import FLAVORS
@@ -37,6 +37,7 @@ from pipeline.run_json import make_run_json
 from pipeline.settings import Settings
 from pipeline.sweep import FIXED, MOST, SWEPT, said
 from pipeline.sweep_plan import VariantEstimate, heaviest, sweep_seconds
+from pipeline.train_sections import Lora
 from pipeline.variants import variants_of
 
 GRID = ROOMY + "sweep:\n  grid: {learning_rate: [1e-4, 2e-4], lora.r: [16, 64]}\n"

@@ -6,12 +6,13 @@ from typing import Any
 
 from pipeline.attention import FLASH, attention_of, said_attention
 from pipeline.errors import Severity, excerpt
-from pipeline.experiment import Lora, nearest
+from pipeline.experiment import nearest
 from pipeline.fields import is_path
 from pipeline.flavors import FLAVORS
 from pipeline.rules.loss import answers_can_be_found
 from pipeline.rules.rule import Subject, Verdict
 from pipeline.rules.script_text import packages_of
+from pipeline.train_sections import Lora
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")

@@ -6,13 +6,14 @@ from typing import Any
 
 from pipeline.apple import CHIPS, MACS, MEMORY_GB, WIRED
 from pipeline.errors import Severity, excerpt
-from pipeline.experiment import Backend, Lora, Method, nearest
+from pipeline.experiment import Backend, Method, nearest
 from pipeline.fields import rows_at_once
 from pipeline.mac import bits_by_name, estimate_mac_memory, learning_layers, mlx_bits, smallest_mac
 from pipeline.mlx_models import MLX, MLX_LM, MODEL_TYPES
 from pipeline.models import shape_of
 from pipeline.plan import MLX_SCRIPT, mlx_base
 from pipeline.rules.rule import Subject, Verdict
+from pipeline.train_sections import Lora
 
 INSTALL = f'`pip install "mlx=={MLX}" "mlx-lm=={MLX_LM}"` on a Mac, `"mlx[cpu]=={MLX}"` on Linux'
 # What scripts/train_mlx.py honours of `train.sft` (its SFT; a test compares).
