@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.attention import FLASH, attention_of
+from pipeline.attention import FLASH, attention_of, said_attention
 from pipeline.experiment import Backend, Experiment, Train
 from pipeline.fields import AUTO, rows_at_once
 from pipeline.flavors import FLAVORS, Flavor
 from pipeline.markdown import code, plural
-from pipeline.memory import MemoryEstimate, spec_of
+from pipeline.memory import MemoryEstimate, MemorySpec, spec_of
 from pipeline.models import ModelShape
 from pipeline.parallel import Parallel, Sharing, need_of, parallel_of
 
@@ -63,10 +63,19 @@ def settle(experiment: Experiment, shape: ModelShape | None, flavor: Flavor | No
         return least
     parallel = parallel_of(experiment, shape, flavor)
     for choice in _choices(train, shape, flavor, parallel):
-        need = need_of(spec_of(choice.of(experiment), shape, flavor), shape, parallel)
-        if need.fits(flavor):
+        spec = spec_of(choice.of(experiment), shape, flavor)
+        need = need_of(spec, shape, parallel)
+        if need.fits(flavor) and need_of(_without_kernel(spec, train, shape), shape, parallel).fits(flavor):
             return _told(choice, experiment, shape, flavor, need)
     return _told(least, experiment, shape, flavor, None)
+
+
+def _without_kernel(spec: MemorySpec, train: Train, shape: ModelShape) -> MemorySpec:
+    """The same where the flash kernel cannot be had when the job starts: what was chosen must fit then, too."""
+    if spec.attention != FLASH or said_attention(train):
+        return spec
+    own = "eager" if shape.refuses_sdpa else "sdpa"
+    return replace(spec, attention=own, flat=bool(train.packing), padded=spec.flat and not train.packing)
 
 
 def _choices(train: Train, shape: ModelShape, flavor: Flavor, parallel: Parallel) -> Iterator[Settled]:

@@ -55,6 +55,21 @@ def test_what_is_chosen_surely_fits_or_is_the_least_there_is(flavor: str, length
         assert fits is True or (chosen.batch == 1 and chosen.recomputes)
 
 
+@pytest.mark.parametrize("flavor", ["l4x1", "a10g-large", "a100-large"])
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_what_is_chosen_fits_without_the_kernel_too(flavor: str, packing: str) -> None:
+    """A job whose machine cannot have it goes on with a mask: that must not be what ends it."""
+    lines = ("batch_size: auto", f"packing: {packing}", "gradient_accumulation: 16")
+    experiment = written(flavor, *lines, length=2048)
+    masked = written(flavor, *lines, "sft: {model_init_kwargs: {attn_implementation: sdpa}}", length=2048)
+    for shape in (LLAMA, GEMMA):
+        chosen = settle(experiment, shape)
+        assert chosen.attention == FLASH
+        sft = {**chosen.of(experiment).train.sft, **masked.train.sft}
+        train = chosen.of(masked).train.model_copy(update={"sft": sft})
+        assert estimate_memory(masked.model_copy(update={"train": train}), shape).fits(FLAVORS[flavor])
+
+
 def test_auto_takes_more_rows_on_a_larger_gpu() -> None:
     lines = ("batch_size: auto", "gradient_accumulation: 32", "packing: false")
     found = {name: settle(written(name, *lines), LLAMA) for name in ("t4-small", "a10g-large", "h200")}
