@@ -25,7 +25,7 @@ def attention_of(train: Train, shape: ModelShape, flavor: Flavor | None) -> str:
     """What computes attention on a flavor: what the file says, a flash kernel, or what PyTorch has.
 
     A row alone in its batch gains nothing from the kernel, and need not wait for its download. Pairs of answers are
-    padded here.
+    padded: TRL 1.16's DPOTrainer turns its `padding_free` off.
     """
     if said := said_attention(train):
         return said

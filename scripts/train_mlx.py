@@ -1032,10 +1032,10 @@ def encode_rows(rows: list[Row], tokenizer: Any, loss_on: str) -> list[Example]:
     return examples
 
 
-def encode_pairs(rows: list[Row], tokenizer: Any) -> list[tuple[Example, Example]]:
+def encode_pairs(rows: list[Row], tokenizer: Any, encode: Callable = encode_rows) -> list[tuple[Example, Example]]:
     """The chosen and the rejected answer of every row, each behind its prompt, uncut."""
     answers = [answer for row in rows for answer in (row, dataclasses.replace(row, completion=row.rejected))]
-    examples = encode_rows(answers, tokenizer, "completion")
+    examples = encode(answers, tokenizer, "completion")
     return list(zip(examples[::2], examples[1::2], strict=True))
 
 

@@ -50,6 +50,7 @@ caller's input, 3 the Hub did not take the result or another node did not come, 
 import argparse
 import dataclasses
 import difflib
+import fcntl
 import hashlib
 import json
 import math
@@ -1065,10 +1066,10 @@ def encode_rows(rows: list[Row], tokenizer: Any, loss_on: str) -> list[Example]:
     return examples
 
 
-def encode_pairs(rows: list[Row], tokenizer: Any) -> list[tuple[Example, Example]]:
+def encode_pairs(rows: list[Row], tokenizer: Any, encode: Callable = encode_rows) -> list[tuple[Example, Example]]:
     """The chosen and the rejected answer of every row, each behind its prompt, uncut."""
     answers = [answer for row in rows for answer in (row, dataclasses.replace(row, completion=row.rejected))]
-    examples = encode_rows(answers, tokenizer, "completion")
+    examples = encode(answers, tokenizer, "completion")
     return list(zip(examples[::2], examples[1::2], strict=True))
 
 
@@ -1495,6 +1496,7 @@ def sweep(run: dict, started: float) -> None:
     measured = {"peak_memory_gib": peak, "duration_s": round(time.time() - started, 1)}
     write_manifest(run, started, inputs=hashed_inputs(run), measured=measured, sweep=table.sorted_rows(), **kept)
     shutil.rmtree(variant_folder(run, 0).parent, ignore_errors=True)
+    shutil.rmtree(tokens_folder(run), ignore_errors=True)
     headline = {key: made["metrics"][key] for key in ("steps", "train_loss", "eval_loss", "tokens_per_s")}
     emit("end", stage="train", duration_s=round(time.time() - started, 1), won=table.best, **headline)
 
@@ -1540,6 +1542,7 @@ def variant_run(run: dict, number: int, inputs: dict) -> dict:
     own |= {key: chosen[key] for key in ("processes", "sharded", "checkpointing", "attention") if key in chosen}
     own |= {"experiment": run["experiment"] | {"train": chosen["train"]}, "inputs": inputs}
     own |= {"output": {"path": str(folder / "artifact")}, "work": str(folder / "work")}
+    own |= {"tokens": str(tokens_folder(run))}
     return own | {"variant": {"number": number, "parent": os.getpid()}}
 
 
@@ -1834,6 +1837,8 @@ def train(run: dict, base: Path, train_rows: list[Row], eval_rows: list[Row], st
         versions=versions("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets"),
     )
     shutil.rmtree(checkpoints(run), ignore_errors=True)
+    if "tokens" not in run:  # else others may need them
+        shutil.rmtree(tokens_folder(run), ignore_errors=True)
     headline = {key: metrics[key] for key in ("steps", "train_loss", "eval_loss", "tokens_per_s")}
     emit("end", stage="train", duration_s=round(time.time() - started, 1), **headline)
 
@@ -2127,6 +2132,42 @@ def load_tokenizer(base: Path) -> Any:
     return tokenizer
 
 
+def tokens_folder(run: dict) -> Path:
+    """Rows as tokens, for whoever on this machine needs the same: all variants of a sweep share one folder."""
+    return Path(run.get("tokens") or Path(run["work"]) / "tokens")
+
+
+def encode_once(run: dict, rows: list[Row], tokenizer: Any, loss_on: str) -> list[Example]:
+    """What `encode_rows` makes, made by the first of several processes, variants and attempts; the others read it."""
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = [field.name for field in dataclasses.fields(Example)]
+    path = tokens_folder(run) / f"{tokens_key(rows, tokenizer, loss_on)}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.is_file():
+            known = parquet.read_table(path).to_pydict()
+            return [Example(*values) for values in zip(*(known[name] for name in columns), strict=True)]
+        examples = encode_rows(rows, tokenizer, loss_on)
+        part = path.with_suffix(".part")
+        parquet.write_table(pyarrow.table({name: [getattr(e, name) for e in examples] for name in columns}), part)
+        part.rename(path)
+        return examples
+
+
+def tokens_key(rows: list[Row], tokenizer: Any, loss_on: str) -> str:
+    """All that decides the tokens: rows, tokenizer, which of them count, and this script, which makes them."""
+    key = hashlib.sha256(Path(__file__).read_bytes())
+    for pattern in TOKENIZER_FILES:
+        for path in sorted(Path(tokenizer.name_or_path).glob(pattern)):
+            key.update(path.read_bytes())
+    for part in (tokenizer.chat_template, loss_on, *map(dataclasses.astuple, rows)):
+        key.update(json.dumps(part, default=str).encode())
+    return key.hexdigest()[:32]
+
+
 def tokenize(run: dict, tokenizer: Any, rows: list[Row], limit: int | None) -> tuple[Any, dict]:
     """A data set of `input_ids` and `labels`, cut to `limit` tokens, and what was counted on the way.
 
@@ -2135,7 +2176,7 @@ def tokenize(run: dict, tokenizer: Any, rows: list[Row], limit: int | None) -> t
     """
     from datasets import Dataset
 
-    examples = encode_rows(rows, tokenizer, run["experiment"]["train"]["loss_on"])
+    examples = encode_once(run, rows, tokenizer, run["experiment"]["train"]["loss_on"])
     kept = [short for short in (example.cut(limit) for example in examples) if short.trained()]
     longest = max(len(example.ids) for example in examples)
     if len(kept) < len(examples):
@@ -2682,7 +2723,7 @@ def tokenize_pairs(run: dict, tokenizer: Any, rows: list[Row], limit: int) -> tu
     """
     from datasets import Dataset
 
-    whole = encode_pairs(rows, tokenizer)
+    whole = encode_pairs(rows, tokenizer, partial(encode_once, run))
     cut = [(chosen.cut(limit), rejected.cut(limit)) for chosen, rejected in whole]
     answered = [pair for pair in cut if all(answer.trained() for answer in pair)]
     if len(answered) < len(cut):

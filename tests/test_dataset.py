@@ -250,6 +250,7 @@ def test_tokens_of_pairs_are_those_of_training(read: Reader, tmp_path: Path, mon
     script = training_script(monkeypatch)
     experiment = parse_experiment(text).experiment.resolved()
     run = {"experiment": experiment, "inputs": {"data": {"path": str(tmp_path / "data/coach.jsonl")}}}
+    run["work"] = str(tmp_path / "work")
     rows, tokenizer = script.split_rows(run)[0], script.load_tokenizer(BASE)
     made, counts = script.tokenize_pairs(run, tokenizer, rows, 40)
     prompts, chosen, rejected = (sum(map(len, made[name])) for name in script.PARTS)

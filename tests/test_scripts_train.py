@@ -8,6 +8,7 @@ import subprocess
 import sys
 from itertools import chain
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
 from typing import Any
 
@@ -548,6 +549,51 @@ def test_rows_without_a_token_to_learn(
     kept, counts = script.tokenize(run, tokenizer, rows, total - 2)
     assert (counts["truncated_rows"], counts["dropped_rows"]) == (2, 0)
     assert max(map(len, kept["input_ids"])) == total - 2
+
+
+def test_rows_become_tokens_once_on_a_machine(script: ModuleType, tokenizers: Any, tmp_path: Path) -> None:
+    """What a later process reads is what the first one wrote; other rows, tokens or targets are made anew."""
+    from pyarrow import parquet
+
+    data = write_rows(tmp_path / "data.jsonl", conversations(5))
+    run = json.loads(make_run(tmp_path, tmp_path, data).read_text())
+    rows = script.load_rows({"path": str(data)}, "train")
+    first = script.encode_once(run, rows, tokenizers("llama"), "assistant")
+    assert first == script.encode_rows(rows, tokenizers("llama"), "assistant")
+    (kept,) = script.tokens_folder(run).glob("*.parquet")
+    changed = parquet.read_table(kept).slice(0, 2)
+    parquet.write_table(changed, kept)
+    assert script.encode_once(run, rows, tokenizers("llama"), "assistant") == first[:2]  # it was read, not made
+    whole = len(rows)
+    assert len(script.encode_once(run, rows[1:], tokenizers("llama"), "assistant")) == whole - 1
+    assert len(script.encode_once(run, rows, tokenizers("llama"), "all")) == whole
+    assert len(script.encode_once(run, rows, tokenizers("qwen3"), "assistant")) == whole
+    assert len(list(script.tokens_folder(run).glob("*.parquet"))) == 4
+    assert not list(script.tokens_folder(run).glob("*.part"))
+    elsewhere = run | {"tokens": str(tmp_path / "shared")}
+    assert script.encode_once(elsewhere, rows, tokenizers("llama"), "assistant") == first
+
+
+def test_a_second_process_waits_for_the_tokens_of_the_first(
+    script: ModuleType, tokenizers: Any, tmp_path: Path
+) -> None:
+    import fcntl
+
+    data = write_rows(tmp_path / "data.jsonl", conversations(5))
+    run = json.loads(make_run(tmp_path, tmp_path, data).read_text())
+    rows, tokenizer = script.load_rows({"path": str(data)}, "train"), tokenizers("llama")
+    key = script.tokens_key(rows, tokenizer, "assistant")
+    script.tokens_folder(run).mkdir(parents=True)
+    made: list[Any] = []
+    with (script.tokens_folder(run) / f"{key}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = Thread(target=lambda: made.extend(script.encode_once(run, rows, tokenizer, "assistant")))
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive()
+        assert made == []
+    waiting.join(30)
+    assert len(made) == 5
 
 
 # Training
