@@ -2,6 +2,7 @@
 
     python benchmarks/train_throughput.py               # small models on a CPU, full-size ones on a GPU
     python benchmarks/train_throughput.py --context     # on a GPU also: the longest rows under 22 and 79 GiB, measured
+    python benchmarks/train_throughput.py --axolotl ~/axolotl/bin/python  # Axolotl too, in an environment of its own
 
 Every contender trains QLoRA (r=64 on attention) for one pass over the same conversations, whose lengths are spread as
 coaching dialogues are, each in a process of its own, in turn. A token is useful when an assistant said it: what the
@@ -23,7 +24,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +100,17 @@ class Result:
     why: str = ""
 
 
+Contenders = dict[str, Callable[[Work, Path], Result]]
+
+
 def main() -> None:
     """Time every contender on every model, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(BASES), default=list(BASES))
     parser.add_argument("--rounds", type=int, default=1, help="how often each contender runs; the median counts")
     parser.add_argument("--rows", type=int, help="conversations to train on")
-    parser.add_argument("--with", dest="more", nargs="*", choices=["trl", "unsloth", "axolotl"], default=["trl"])
+    parser.add_argument("--without-trl", action="store_true", help="leave `trl sft` out")
+    parser.add_argument("--axolotl", type=Path, metavar="PYTHON", help="of an environment that has Axolotl installed")
     parser.add_argument("--length", type=int, help="tokens of the median conversation")
     parser.add_argument("--context", action="store_true", help="on a GPU: measure the longest rows that fit")
     arguments = parser.parse_args()
@@ -117,14 +121,14 @@ def main() -> None:
         for family in arguments.models:
             folder = Path(temporary) / family
             work = Work(family, make_base(folder / "base", family, scale), make_rows(folder, scale), scale)
-            print_rows(work, contend(work, folder, arguments.rounds, arguments.more))
+            print_rows(work, contend(work, folder, arguments.rounds, others(arguments)))
             if arguments.context and scale.device == "cuda":
                 print(measured_context(work, folder))
             shutil.rmtree(folder)
     print("\n" + longest_context.predicted({family: CATALOGUE[BASES[family]] for family in arguments.models}))
 
 
-def contend(work: Work, folder: Path, rounds: int, more: list[str]) -> dict[str, Result]:
+def contend(work: Work, folder: Path, rounds: int, more: Contenders) -> dict[str, Result]:
     """Every contender, in turn, `rounds` times; of each the median by time."""
     runs: dict[str, list[Result]] = {}
     few = None
@@ -132,7 +136,7 @@ def contend(work: Work, folder: Path, rounds: int, more: list[str]) -> dict[str,
         scale = replace(work.scale, rows=work.scale.rows // 4)
         few = replace(work, data=make_rows(folder / "few", scale), scale=scale)
     for number in range(rounds):
-        for name, train in contenders(more).items():
+        for name, train in (ALWAYS | more).items():
             result = train(work, folder / f"{number}-{len(runs)}-{name[:4]}")
             if few and not result.why:
                 result = less(result, train(few, folder / f"{number}-{len(runs)}-{name[:4]}-few"))
@@ -140,16 +144,10 @@ def contend(work: Work, folder: Path, rounds: int, more: list[str]) -> dict[str,
     return {name: sorted(results, key=lambda r: r.busy_s)[len(results) // 2] for name, results in runs.items()}
 
 
-def contenders(more: list[str]) -> dict[str, Callable[[Work, Path], Result]]:
-    """Who trains, by name."""
-    always: dict[str, Callable[[Work, Path], Result]] = {
-        "the SOP's script": sop,
-        "ours, a row at a time": partial(ours, packing=False),
-        "ours, packed": partial(ours, packing=True),
-    }
-    known = {"trl": ("`trl sft`", trl_sft), "unsloth": ("Unsloth", partial(other, "unsloth"))}
-    known["axolotl"] = ("Axolotl", partial(other, "axolotl"))
-    return always | dict(known[name] for name in more)
+def others(arguments: argparse.Namespace) -> Contenders:
+    """Who trains besides the SOP's script and ours, by name."""
+    found: Contenders = {} if arguments.without_trl else {"`trl sft`": trl_sft}
+    return found | ({"Axolotl": partial(axolotl, arguments.axolotl)} if arguments.axolotl else {})
 
 
 def less(all_rows: Result, few_rows: Result) -> Result:
@@ -194,8 +192,8 @@ def sop(work: Work, folder: Path, accumulation: int = 8) -> Result:
     command = [ROOT / "benchmarks/sop_script.py", work.base, work.data, folder / "out", work.scale.max_length]
     command += ["--accumulation", accumulation, *(["--cpu"] if work.scale.device == "cpu" else [])]
     text, peak, cpu_s = finished([sys.executable, *command], folder)
-    told = json.loads(text.strip().splitlines()[-1])
-    return Result(told["busy_s"], told["peak_gib"] or peak, cpu_s)
+    said = json.loads(text.strip().splitlines()[-1])
+    return Result(said["busy_s"], said["peak_gib"] or peak, cpu_s)
 
 
 def ours(work: Work, folder: Path, packing: bool, accumulation: int | None = None) -> Result:
@@ -224,21 +222,38 @@ def trl_sft(work: Work, folder: Path) -> Result:
     text, peak, cpu_s = finished(
         [Path(sys.executable).with_name("trl"), "sft", "--config", folder / "trl.yaml"], folder
     )
-    told = re.findall(r"'train_runtime': '?([0-9.]+)", text)
-    if not told:
-        return Result(why="told no time")
-    return Result(float(told[-1]), peak if work.scale.device == "cpu" else 0.0, cpu_s)
+    return told(text, peak if work.scale.device == "cpu" else 0.0, cpu_s)
 
 
-def other(name: str, _: Work, __: Path) -> Result:
-    """A contender that pins libraries of its own."""
-    return Result(why="not measured: it needs an environment of its own" if find_spec(name) else "not installed")
+def axolotl(python: Path, work: Work, folder: Path) -> Result:
+    """Axolotl with the SOP's choices. It pins other libraries than ours, so `python` is of its own environment."""
+    folder.mkdir(parents=True)
+    on_gpu = work.scale.device == "cuda"
+    config: dict[str, Any] = {"base_model": str(work.base), "load_in_4bit": True, "adapter": "qlora"}
+    config |= {"lora_r": 64, "lora_alpha": 128, "lora_dropout": 0.05, "lora_target_modules": list(ATTENTION)}
+    config |= {"datasets": [{"path": str(work.data), "ds_type": "json", "type": "chat_template"}]}
+    config |= {"dataset_prepared_path": str(folder / "prepared"), "output_dir": str(folder / "out")}
+    config |= {"sequence_len": work.scale.max_length, "micro_batch_size": 1, "gradient_accumulation_steps": 8}
+    config |= {"num_epochs": 1, "optimizer": "adamw_8bit", "learning_rate": 2e-4, "save_strategy": "no"}
+    config |= {"bf16": on_gpu, "sample_packing": on_gpu, "use_cpu": not on_gpu}
+    if not on_gpu:  # its own kernels ask CUDA for a stream
+        config |= dict.fromkeys(("lora_qkv_kernel", "lora_o_kernel", "lora_mlp_kernel"), False)
+    (folder / "axolotl.yaml").write_text(json.dumps(config), encoding="utf-8")
+    text, peak, cpu_s = finished([python, "-m", "axolotl.cli.train", folder / "axolotl.yaml"], folder)
+    return told(text, 0.0 if on_gpu else peak, cpu_s)
+
+
+def told(text: str, peak_gib: float, cpu_s: float) -> Result:
+    """What the summary of transformers' Trainer says of its time."""
+    found = re.findall(r"'train_runtime': '?([0-9.]+)", text)
+    return Result(float(found[-1]), peak_gib, cpu_s) if found else Result(why="told no time")
 
 
 def finished(command: list[Any], folder: Path) -> tuple[str, float, float]:
     """Standard output, peak resident GiB and CPU seconds of a process that must succeed, with its children."""
     # One thread: threads that wait for each other would measure the machine's other load.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment["AXOLOTL_DO_NOT_TRACK"] = "1"
     with (folder / "log").open("w") as log, (folder / "errors").open("w") as errors:
         child = subprocess.Popen([str(part) for part in command], stdout=log, stderr=errors, env=environment)
         _, status, usage = os.wait4(child.pid, 0)
@@ -327,6 +342,12 @@ def make_rows(folder: Path, scale: Scale) -> Path:
     path.write_text("".join(rows), encoding="utf-8")
     return path
 
+
+ALWAYS: Contenders = {
+    "the SOP's script": sop,
+    "ours, a row at a time": partial(ours, packing=False),
+    "ours, packed": partial(ours, packing=True),
+}
 
 if __name__ == "__main__":
     main()

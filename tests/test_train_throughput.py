@@ -1,6 +1,7 @@
 """benchmarks/train_throughput.py and longest_context.py: they run, and compare what they say they compare."""
 
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import longest_context
 import train_throughput
 
-NOT_THERE = train_throughput.Result(why="not installed")
+SILENT = train_throughput.told("no summary", 1.0, 2.0)
 LLAMA = CATALOGUE["meta-llama/Llama-3.1-8B-Instruct"]
 
 
@@ -32,13 +33,20 @@ def test_the_scripts_that_are_compared_train_the_same_rows(tmp_path: Path, capsy
     assert after.useful > 8 * 8
     halves = train_throughput.less(replace(after, cpu_s=9.0, useful=100), replace(after, cpu_s=5.0, useful=40))
     assert (halves.busy_s, halves.useful) == (4.0, 60)
-    rows = {"the SOP's script": replace(before, busy_s=8.0), "ours, a row at a time": halves, "Unsloth": NOT_THERE}
+    rows = {"the SOP's script": replace(before, busy_s=8.0), "ours, a row at a time": halves, "Axolotl": SILENT}
     train_throughput.print_rows(work, rows)
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("| llama | the SOP's script | 8 | 1.00 | 8.0 | ")
     assert printed[1].startswith("| llama | ours, a row at a time | 15 | 2.00 | 4.0 | ")
-    assert printed[2] == "| llama | Unsloth | not installed | | | |"
-    assert list(train_throughput.contenders(["trl", "axolotl"]))[3:] == ["`trl sft`", "Axolotl"]
+    assert printed[2] == "| llama | Axolotl | told no time | | | |"
+
+
+def test_the_others_are_named_and_tell_their_time() -> None:
+    named = Namespace(without_trl=False, axolotl=Path("python"))
+    assert list(train_throughput.others(named)) == ["`trl sft`", "Axolotl"]
+    assert train_throughput.others(Namespace(without_trl=True, axolotl=None)) == {}
+    text = "100%|##| 2/2 [00:07<00:00]  {'train_runtime': '7.8', 'train_loss': '8.966'}"
+    assert train_throughput.told(text, 1.5, 9.0) == train_throughput.Result(7.8, 1.5, 9.0)
 
 
 def test_a_full_size_model_has_the_sizes_of_its_base() -> None:
