@@ -33,4 +33,9 @@ def attention_of(train: Train, shape: ModelShape, flavor: Flavor | None) -> str:
     shared = train.packing or rows_at_once(train.batch_size) > 1
     if ours and shared and flavor is not None and flavor.has_flash and shape.model_type in FLASH_FAMILIES:
         return FLASH
+    return own_attention(shape)
+
+
+def own_attention(shape: ModelShape) -> str:
+    """What PyTorch and transformers have for a base by themselves."""
     return "eager" if shape.refuses_sdpa else "sdpa"

@@ -5,7 +5,7 @@ from typing import Any
 
 from pipeline.experiment import Experiment, Method
 from pipeline.plan import Plan, Stage, StageName
-from pipeline.settled import as_written, settle
+from pipeline.settled import as_written
 from pipeline.sweep_plan import shares
 from pipeline.variants import variants_of
 
@@ -56,8 +56,8 @@ def _sweep(plan: Plan, stage: Stage, processes: int, is_job: bool) -> dict[str, 
     variants, sweep = variants_of(plan.experiment), plan.experiment.sweep
     shared = shares(plan.experiment, plan.shape, processes)
     rows = []
-    for variant, share in zip(variants, shared, strict=True):
-        settled = settle(variant.experiment, plan.shape) if is_job else as_written(variant.experiment)
+    for variant, estimate, share in zip(variants, stage.variants, shared, strict=True):
+        settled = estimate.settled if is_job else as_written(variant.experiment)
         train = settled.of(variant.experiment).resolved()["train"]
         rows.append({"words": variant.words, "train": train, **share, **settled.request()})
     price, most = stage.flavor.usd_per_minute, sweep.max_usd if sweep else None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.attention import FLASH, attention_of, said_attention
+from pipeline.attention import FLASH, attention_of, own_attention, said_attention
 from pipeline.experiment import Backend, Experiment, Train
 from pipeline.fields import AUTO, rows_at_once
 from pipeline.flavors import FLAVORS, Flavor
@@ -74,8 +74,9 @@ def _without_kernel(spec: MemorySpec, train: Train, shape: ModelShape) -> Memory
     """The same where the flash kernel cannot be had when the job starts: what was chosen must fit then, too."""
     if spec.attention != FLASH or said_attention(train):
         return spec
-    own = "eager" if shape.refuses_sdpa else "sdpa"
-    return replace(spec, attention=own, flat=bool(train.packing), padded=spec.flat and not train.packing)
+    return replace(
+        spec, attention=own_attention(shape), flat=bool(train.packing), padded=spec.flat and not train.packing
+    )
 
 
 def _choices(train: Train, shape: ModelShape, flavor: Flavor, parallel: Parallel) -> Iterator[Settled]:

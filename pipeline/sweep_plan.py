@@ -11,7 +11,7 @@ from pipeline.flavors import CONTAINER_START_S, Flavor
 from pipeline.memory import MemoryEstimate
 from pipeline.models import ModelShape
 from pipeline.parallel import Parallel, estimate_memory, parallel_of
-from pipeline.settled import settle
+from pipeline.settled import Settled, settle
 from pipeline.variants import variants_of
 
 # A variant has a process of its own, with memory as on a fresh machine: it imports the libraries again, and reads the
@@ -25,10 +25,10 @@ class VariantEstimate:
 
     number: int
     words: str
+    settled: Settled  # for the GPU of its flavor
     memory: MemoryEstimate | None = None
     seconds: float | None = None
     usd: float | None = None
-    chosen: tuple[str, ...] = ()  # by the estimate for the flavor, in Markdown
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -50,7 +50,7 @@ def estimate_variants(experiment: Experiment, facts: Facts, flavor: Flavor) -> t
             seconds = estimate_train_seconds(carried_out, shape, data, flavor, facts.finished)
             seconds += IMPORT_S + 2 * shape.parameters / READ_BYTES_PER_S
             usd = float(seconds / 60 * flavor.usd_per_minute) / lanes
-        found.append(VariantEstimate(variant.number, variant.words, memory, seconds, usd, settled.words))
+        found.append(VariantEstimate(variant.number, variant.words, settled, memory, seconds, usd))
     return tuple(found)
 
 

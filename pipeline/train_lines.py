@@ -37,7 +37,7 @@ def settled_line(train: Stage) -> str:
     """What the estimate chose for this GPU without changing what is learned; empty where it chose nothing."""
     said: dict[str, list[int]] = {"; ".join(train.settled.words): []} if train.settled else {}
     for variant in train.variants:
-        said.setdefault("; ".join(variant.chosen), []).append(variant.number)
+        said.setdefault("; ".join(variant.settled.words), []).append(variant.number)
     whose = {words: f"{numbered(numbers)}: " if len(said) > 1 else "" for words, numbers in said.items()}
     return "\n\n".join(f"On `{train.flavor.name}`: {whose[words]}{words}." for words in said if words)
 

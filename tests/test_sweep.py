@@ -35,12 +35,14 @@ from pipeline.remote import StageView
 from pipeline.rules.others import relatives
 from pipeline.run_json import make_run_json
 from pipeline.settings import Settings
+from pipeline.settled import Settled
 from pipeline.sweep import FIXED, MOST, SWEPT, said
 from pipeline.sweep_plan import VariantEstimate, heaviest, sweep_seconds
 from pipeline.train_sections import Lora
 from pipeline.variants import variants_of
 
 GRID = ROOMY + "sweep:\n  grid: {learning_rate: [1e-4, 2e-4], lora.r: [16, 64]}\n"
+ONE_ROW = Settled(1, 8)
 LOCAL_EVAL = changed("eval: {fraction: 0.05}", "eval: {split: validation}", ROOMY)
 
 
@@ -291,9 +293,9 @@ def test_side_by_side_the_longest_lane_counts() -> None:
     assert (one.parallel.gpus, one.parallel.lanes, four.parallel.gpus, four.parallel.lanes) == (4, 1, 1, 4)
     assert one.cost.needed_s and four.cost.needed_s and four.cost.needed_s < one.cost.needed_s
     assert four.parallel.request() == {"concurrency": 4}
-    uneven = [VariantEstimate(n, "", seconds=s) for n, s in enumerate((5.0, 1.0, 1.0, 4.0), 1)]
+    uneven = [VariantEstimate(n, "", ONE_ROW, seconds=s) for n, s in enumerate((5.0, 1.0, 1.0, 4.0), 1)]
     assert (sweep_seconds(uneven, 1), sweep_seconds(uneven, 2)) == (11.0, 6.0)
-    assert sweep_seconds([*uneven, VariantEstimate(5, "")], 2) is None
+    assert sweep_seconds([*uneven, VariantEstimate(5, "", ONE_ROW)], 2) is None
 
 
 def test_a_limit_bounds_what_is_expected() -> None:
